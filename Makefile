@@ -1,0 +1,25 @@
+PYTHON ?= python3
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: quickstart test lint mutants
+quickstart: .venv/.installed
+	.venv/bin/deepspeed --num_accelerators 2 launch/train.py
+
+test: .venv/.installed-dev
+	.venv/bin/python -m pytest
+
+lint: .venv/.installed-dev
+	.venv/bin/ruff check . && .venv/bin/ruff format --check .
+
+mutants: .venv/.installed-dev
+	.venv/bin/python tests/mutants.py
+
+.venv/.installed: requirements.txt
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --upgrade pip
+	.venv/bin/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+.venv/.installed-dev: requirements-dev.txt .venv/.installed
+	.venv/bin/python -m pip install --quiet -r requirements-dev.txt
+	touch $@

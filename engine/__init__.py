@@ -1,0 +1,1 @@
+"""Alternator: PPO-RLHF on DeepSpeed ZeRO."""

@@ -1,0 +1,125 @@
+"""The records that phases hand to each other: typed, checked once when made, never patched.
+
+Shapes: `[B]` one per sequence, `[B, T]` with T the prompt's padded length P or the response's padded length R.
+Prompts are padded on the left and responses on the right, so that prompt + response is one contiguous run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+def length_mask(lengths: Tensor, width: int) -> Tensor:
+    """`[B, width]`, True on the first `lengths[b]` positions of row b. Masks come from lengths, never from ids."""
+    return torch.arange(width, device=lengths.device) < lengths[:, None]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts of one iteration: this rank's rows."""
+
+    prompt_ids: Tensor  # [B, P] int64, padded on the left
+    prompt_lengths: Tensor  # [B] int64, at least 1
+    draws: Tensor  # [B] int64, prompts drawn since the run began: never repeats
+    samples: Tensor  # [B] int64, index among the responses to the same prompt
+    texts: tuple[str, ...]  # B prompts as text
+    columns: tuple[dict, ...]  # B rows of the dataset's other columns
+
+    def __post_init__(self):
+        rows = self.prompt_ids.shape[0]
+        for field in fields(self):
+            assert len(getattr(self, field.name)) == rows, f"{field.name} has other rows than prompt_ids"
+
+    @property
+    def prompt_mask(self) -> Tensor:
+        """`[B, P]`, True on real prompt tokens."""
+        return length_mask(self.prompt_lengths, self.prompt_ids.shape[1]).flip(1)
+
+    def __len__(self) -> int:
+        return self.prompt_ids.shape[0]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Sampled responses."""
+
+    prompt_ids: Tensor  # [B, P] int64, padded on the left
+    prompt_lengths: Tensor  # [B] int64
+    response_ids: Tensor  # [B, R] int64, padded on the right
+    response_lengths: Tensor  # [B] int64, the end token included
+    ended: Tensor  # [B] bool, an end token came before the limit
+    sampler_logprobs: Tensor  # [B, R] float32, as the sampler saw them
+    draws: Tensor  # [B] int64
+    samples: Tensor  # [B] int64
+
+    def __post_init__(self):
+        rows, responses = self.response_ids.shape
+        assert self.prompt_ids.shape[0] == rows and self.sampler_logprobs.shape == (rows, responses)
+        assert all(len(getattr(self, f.name)) == rows for f in fields(self))
+        assert rows == 0 or int(self.response_lengths.min()) >= 1, "an empty response"
+
+    @property
+    def response_mask(self) -> Tensor:
+        """`[B, R]`, True on real response tokens, the end token included."""
+        return length_mask(self.response_lengths, self.response_ids.shape[1])
+
+    @property
+    def sequences(self) -> Tensor:
+        """`[B, P + R]` prompt and response, padded on both outer sides."""
+        return torch.cat([self.prompt_ids, self.response_ids], dim=1)
+
+    @property
+    def sequence_mask(self) -> Tensor:
+        """`[B, P + R]`, True on real tokens: what the model may attend to."""
+        prompt_mask = length_mask(self.prompt_lengths, self.prompt_ids.shape[1]).flip(1)
+        return torch.cat([prompt_mask, self.response_mask], dim=1)
+
+    def __len__(self) -> int:
+        return self.response_ids.shape[0]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the frozen weights of the iteration say of a rollout. Padding holds 0."""
+
+    old_logprobs: Tensor  # [B, R] float32
+    ref_logprobs: Tensor  # [B, R] float32
+    kl: Tensor  # [B, R] float32, the penalty's estimator
+    old_values: Tensor  # [B, R] float32, V read before response token t
+    entropy: Tensor  # [B, R] float32
+    source_scores: Tensor  # [B, S] float32, raw, one column per reward source
+
+    def __post_init__(self):
+        assert self.old_logprobs.shape == self.ref_logprobs.shape == self.kl.shape == self.old_values.shape
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What the update learns from: the rows of all ranks, the same on every rank."""
+
+    rollout: Rollout
+    evaluation: Evaluation
+    scores: Tensor  # [B] float32, after normalisation, weights, clip and penalty
+    rewards: Tensor  # [B, R] float32
+    advantages: Tensor  # [B, R] float32, whitened over all rows
+    returns: Tensor  # [B, R] float32, raw advantages + old_values
+
+    def __post_init__(self):
+        assert self.rewards.shape == self.advantages.shape == self.returns.shape == self.rollout.response_ids.shape
+
+
+def map_rows(record, function):
+    """A record of the same type with `function` applied to each of its tensors, nested records included."""
+    changed = {}
+    for field in fields(record):
+        value = getattr(record, field.name)
+        changed[field.name] = function(value) if isinstance(value, Tensor) else map_rows(value, function)
+    return type(record)(**changed)
+
+
+def take_rows(record, rows: Tensor):
+    """The rows `rows` (int64 indices) of a record of tensors."""
+    return map_rows(record, lambda tensor: tensor[rows])

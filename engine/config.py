@@ -1,0 +1,266 @@
+"""The recipe: every setting of a run, typed, documented and checked before any model loads.
+
+Imports neither torch nor deepspeed, so that `--help` and a bad recipe answer at once.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+
+class Section(BaseModel):
+    """A part of the recipe: immutable, and a key that it doesn't know is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    """The frozen base model that actor, critic and reference share."""
+
+    path: str = "runs/toyworld/policy"
+    """Folder or hub name of a causal language model and its tokenizer."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit); null: the default one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights while computing; DeepSpeed keeps float32 masters of what it trains."""
+    attn_implementation: str | None = None
+    """Attention kernel as transformers names it (sdpa, eager, flash_attention_2); null: its default."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the checkpoint. Off unless you have read that code."""
+
+
+class LoraSettings(Section):
+    """One LoRA adapter (Hu et al. 2021)."""
+
+    rank: PositiveInt = 16
+    """Rank r of the update B A."""
+    alpha: PositiveFloat = 32.0
+    """The update is scaled by alpha / rank."""
+    targets: str | list[str] = "all-linear"
+    """Module names that get an adapter, or all-linear for every linear layer but the output head."""
+
+
+class OptimizerSettings(Section):
+    """AdamW for one role."""
+
+    learning_rate: NonNegativeFloat = 1e-4
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape after warm-up, down to 0 at the run's last optimizer step for linear and cosine."""
+    warmup_steps: NonNegativeInt = 0
+    """Optimizer steps over which the rate climbs from 0; 0: none."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """Adam's decay of the first moment."""
+    beta2: float = Field(0.999, ge=0, lt=1)
+    """Adam's decay of the second moment."""
+    epsilon: PositiveFloat = 1e-8
+    """Adam's term that keeps the division finite."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay; 0: off."""
+    gradient_clipping: NonNegativeFloat = 1.0
+    """Largest norm of this role's gradient over all ranks; 0: never clipped."""
+
+
+class ActorConfig(Section):
+    """The policy that PPO trains."""
+
+    lora: LoraSettings = LoraSettings()
+    """The actor's adapter."""
+    optimizer: OptimizerSettings = OptimizerSettings()
+    """The actor's AdamW."""
+
+
+class CriticConfig(Section):
+    """The value function that PPO trains."""
+
+    home: Literal["adapter", "trunk"] = "adapter"
+    """adapter: its own LoRA adapter on the shared base. trunk: a value head on the actor's hidden states."""
+    trunk_detach: bool = False
+    """With home trunk: the value loss trains the head alone and leaves the actor's layers be."""
+    lora: LoraSettings = LoraSettings()
+    """The critic's adapter (home adapter)."""
+    optimizer: OptimizerSettings = OptimizerSettings(learning_rate=3e-4)
+    """The critic's AdamW."""
+    warmup_iterations: NonNegativeInt = 0
+    """First iterations in which only the critic learns; 0: none."""
+
+
+class RewardConfig(Section):
+    """One source of scores: a model or a Python function."""
+
+    name: str | None = None
+    """Name in the metrics (score/NAME/mean); null: taken from the path or function."""
+    model: str | None = None
+    """Folder or hub name of a sequence-classification model with one output."""
+    function: str | None = None
+    """path/to/file.py:name of f(prompts, responses, **columns) -> list of floats."""
+    weight: float = 1.0
+    """Factor of this source in the sum."""
+    offload_param: Literal["none", "cpu"] = "none"
+    """cpu: the frozen weights live in host memory and visit the device for a forward (frees nothing on CPU)."""
+
+    @model_validator(mode="after")
+    def _one_kind(self):
+        if (self.model is None) == (self.function is None):
+            raise ValueError(
+                f"a reward is either a model or a function, got model={self.model!r} and "
+                f"function={self.function!r}; give exactly one of the two"
+            )
+        return self
+
+
+class ScoreConfig(Section):
+    """What happens to a response's score between its sources and the token rewards."""
+
+    normalize: bool = False
+    """Divide each source by its running standard deviation after subtracting its running mean."""
+    clip: PositiveFloat | None = None
+    """Clip the weighted sum to [-clip, clip]; null: off."""
+    missing_eos_penalty: NonNegativeFloat = 0.0
+    """Subtracted from the score of a response that ended at the token limit; 0: off."""
+    scale: float = 1.0
+    """Factor on the final score: 0 and -1 are the controls of an experiment."""
+
+
+class KLConfig(Section):
+    """The pull towards the reference policy."""
+
+    placement: Literal["reward", "loss"] = "reward"
+    """reward: subtracted from each token's reward. loss: a term of the policy loss."""
+    estimator: Literal["k1", "k2", "k3", "full"] = "k1"
+    """Estimator (Schulman 2020); k1 in the reward, k2 or full in the loss have the right expected gradient."""
+    kl_coef: NonNegativeFloat = 0.05
+    """Weight of the KL; the starting value of the adaptive controller."""
+    target: PositiveFloat | None = None
+    """Sequence KL, in nats, that the adaptive controller steers to (Ziegler et al. 2019); null: fixed kl_coef."""
+    horizon: PositiveFloat = 10000.0
+    """Sequences over which the controller reacts."""
+
+
+class PPOConfig(Section):
+    """The update (Schulman et al. 2017)."""
+
+    epochs: PositiveInt = 2
+    """Passes over an iteration's experience."""
+    minibatch_sequences: PositiveInt = 32
+    """Sequences of one optimizer step, over all ranks."""
+    micro_batch_sequences: PositiveInt = 16
+    """Most sequences in one forward of one rank; changes speed and memory, never the result."""
+    clip_ratio: PositiveFloat = 0.2
+    """The ratio is clipped to [1 - clip_ratio, 1 + clip_ratio]."""
+    dual_clip: float | None = Field(None, gt=1)
+    """Bound on the loss of negative advantages, in units of |A| (Ye et al. 2020); null: off."""
+    value_clip: PositiveFloat | None = 0.2
+    """Largest distance of a new value from the old one in the value loss; null: off."""
+    value_coef: NonNegativeFloat = 1.0
+    """Weight of the value loss; under Adam it matters with critic.home trunk alone."""
+    entropy_coef: NonNegativeFloat = 0.0
+    """Weight of the entropy bonus; 0: off."""
+    gamma: float = Field(1.0, ge=0, le=1)
+    """Discount per token."""
+    gae_lambda: float = Field(0.95, ge=0, le=1)
+    """GAE's trade of bias against variance (Schulman et al. 2015)."""
+    whiten_advantages: bool = True
+    """Shift and scale the iteration's advantages to mean 0, variance 1 over all ranks."""
+    target_kl: PositiveFloat | None = None
+    """Skip the rest of an iteration's update once a minibatch's approx_kl passes this; null: off."""
+
+
+class DataConfig(Section):
+    """The prompts."""
+
+    dataset: str = "runs/toyworld/prompts.jsonl"
+    """A json, jsonl, csv or parquet file, or the name of a hub dataset."""
+    subset: str | None = None
+    """Configuration name of a hub dataset; null: its default."""
+    split: str = "train"
+    """Split of a hub dataset."""
+    text_column: str = "prompt"
+    """Column that holds the prompt's text."""
+    messages_column: str | None = None
+    """Column that holds chat messages, rendered by the tokenizer's chat template; null: use text_column."""
+    max_prompt_tokens: PositiveInt = 64
+    """Longest prompt."""
+    overlong: Literal["error", "drop", "truncate_left"] = "error"
+    """What to do with a longer prompt; dropped and truncated ones are counted."""
+    prompts_per_iteration: PositiveInt = 64
+    """Prompts drawn for one iteration, over all ranks."""
+    samples_per_prompt: PositiveInt = 1
+    """Responses sampled for each prompt."""
+
+
+class GenerationConfig(Section):
+    """How the actor samples."""
+
+    max_new_tokens: PositiveInt = 48
+    """Longest response; one that reaches it without an end token is truncated."""
+    min_new_tokens: NonNegativeInt = 0
+    """End tokens are not drawn before this many tokens."""
+    temperature: NonNegativeFloat = 1.0
+    """Divides the logits, in sampling and in training; 0: argmax (log-probs are then those of temperature 1)."""
+    top_k: NonNegativeInt = 0
+    """Draw among the k likeliest tokens; 0: all."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Draw among the likeliest tokens that hold this much probability; 1: all."""
+    end_tokens: list[str] = []
+    """Tokens that end a response besides those of the tokenizer and the model's generation config."""
+    batch_sequences: PositiveInt = 64
+    """Most sequences of a rank that decode at once."""
+
+
+class ZeroConfig(Section):
+    """How DeepSpeed shards the shared model."""
+
+    ds_config: str = "ds_configs/zero3.json"
+    """DeepSpeed JSON of the trained engine; "auto" values are filled from the recipe."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward: less memory, one more forward."""
+
+
+class EvaluationConfig(Section):
+    """Responses to held-out prompts, sampled before, during and after training."""
+
+    dataset: str | None = None
+    """Held-out prompts, read like data.dataset; null: no evaluation."""
+    every_iterations: NonNegativeInt = 0
+    """Evaluate after every so many iterations; 0: before the first and after the last only."""
+    prompts: PositiveInt = 256
+    """How many prompts, from the start of the file."""
+    judge: str | None = None
+    """path/to/file.py:name of f(prompts, responses) -> {metric: number}, logged as eval/METRIC; null: none."""
+
+
+class Recipe(Section):
+    """One PPO run."""
+
+    seed: NonNegativeInt = 0
+    """Seed of every random choice of the run."""
+    iterations: PositiveInt = 40
+    """Iterations of generation, evaluation and update."""
+    output: str | None = None
+    """The run's folder, which must not hold a run yet; null: runs/RECIPE-DATE-TIME."""
+    toyworld: str | None = None
+    """Folder of the embedded toy world, built there when missing; null: not used."""
+    model: ModelConfig = ModelConfig()
+    actor: ActorConfig = ActorConfig()
+    critic: CriticConfig = CriticConfig()
+    rewards: list[RewardConfig] = Field([RewardConfig(model="runs/toyworld/reward")], min_length=1)
+    """Sources of scores; their weighted sum is the score."""
+    scores: ScoreConfig = ScoreConfig()
+    kl: KLConfig = KLConfig()
+    ppo: PPOConfig = PPOConfig()
+    data: DataConfig = DataConfig()
+    generation: GenerationConfig = GenerationConfig()
+    zero: ZeroConfig = ZeroConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
