@@ -1,10 +1,13 @@
 """The recipe: every setting of a run, typed, documented and checked before any model loads.
 
-Imports neither torch nor deepspeed, so that `--help` and a bad recipe answer at once.
+Imports neither torch nor deepspeed, so that `--help` and a bad recipe answer at once. How a file and a command line
+become a recipe: `command_line.py`. What can only be checked by opening files: `checks.py`.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from pathlib import Path
 from typing import Literal
 
 from pydantic import (
@@ -15,14 +18,46 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+class RecipeError(ValueError):
+    """The user's input can't make a run: each problem states the rule, the value got and the remedy."""
+
+    def __init__(self, *problems: str):
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+def locate(path: str | Path) -> Path:
+    """`path` from the working directory or, for what comes with Alternator, from the repository; else as given."""
+    here = Path(path).expanduser()
+    return REPOSITORY / here if not here.exists() and (REPOSITORY / here).exists() else here
 
 
 class Section(BaseModel):
     """A part of the recipe: immutable, and a key that it doesn't know is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    # No inf or nan: no setting means anything there, and YAML's .inf is easy to reach for as "off".
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_is_default(cls, values):
+        # A section of a YAML file whose keys are all commented out reads as null.
+        return {} if values is None else values
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _words_are_no_numbers(cls, value, info):
+        # YAML reads yes, no, on and off as booleans, and pydantic would go on to read those as 1 and 0.
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError(f"takes no boolean, got {value}; YAML reads yes, no, on and off as one: quote a word")
+        return value
 
 
 class ModelConfig(Section):
@@ -50,6 +85,12 @@ class LoraSettings(Section):
     targets: str | list[str] = "all-linear"
     """Module names that get an adapter, or all-linear for every linear layer but the output head."""
 
+    @field_validator("targets")
+    @classmethod
+    def _keyword(cls, targets):
+        # The command line reads any value of this option as a list.
+        return "all-linear" if targets == ["all-linear"] else targets
+
 
 class OptimizerSettings(Section):
     """AdamW for one role."""
@@ -72,6 +113,14 @@ class OptimizerSettings(Section):
     """Largest norm of this role's gradient over all ranks; 0: never clipped."""
 
 
+class CriticOptimizerSettings(OptimizerSettings):
+    """AdamW for the critic, whose head starts from nothing."""
+
+    # A subclass and not another default instance: a recipe that sets one key of a section gets the rest from the class.
+    learning_rate: NonNegativeFloat = 3e-4
+    """Peak learning rate."""
+
+
 class ActorConfig(Section):
     """The policy that PPO trains."""
 
@@ -90,16 +139,25 @@ class CriticConfig(Section):
     """With home trunk: the value loss trains the head alone and leaves the actor's layers be."""
     lora: LoraSettings = LoraSettings()
     """The critic's adapter (home adapter)."""
-    optimizer: OptimizerSettings = OptimizerSettings(learning_rate=3e-4)
+    optimizer: CriticOptimizerSettings = CriticOptimizerSettings()
     """The critic's AdamW."""
     warmup_iterations: NonNegativeInt = 0
     """First iterations in which only the critic learns; 0: none."""
+
+    @model_validator(mode="after")
+    def _detach_needs_trunk(self):
+        if self.trunk_detach and self.home != "trunk":
+            raise ValueError(
+                f"trunk_detach needs home trunk, got home {self.home}; "
+                "set critic.home to trunk or critic.trunk_detach to false"
+            )
+        return self
 
 
 class RewardConfig(Section):
     """One source of scores: a model or a Python function."""
 
-    name: str | None = None
+    name: str | None = Field(None, pattern=r"^[\w.-]+$")
     """Name in the metrics (score/NAME/mean); null: taken from the path or function."""
     model: str | None = None
     """Folder or hub name of a sequence-classification model with one output."""
@@ -118,6 +176,13 @@ class RewardConfig(Section):
                 f"function={self.function!r}; give exactly one of the two"
             )
         return self
+
+    @property
+    def label(self) -> str:
+        """The source's name in metrics and messages."""
+        if self.name is not None:
+            return self.name
+        return self.function.rpartition(":")[2] if self.function else Path(self.model).name
 
 
 class ScoreConfig(Section):
@@ -146,6 +211,20 @@ class KLConfig(Section):
     """Sequence KL, in nats, that the adaptive controller steers to (Ziegler et al. 2019); null: fixed kl_coef."""
     horizon: PositiveFloat = 10000.0
     """Sequences over which the controller reacts."""
+
+    @model_validator(mode="after")
+    def _has_an_effect(self):
+        if self.placement == "loss" and self.estimator == "k1":
+            raise ValueError(
+                "estimator k1 has gradient 0 in the loss, got placement loss with estimator k1; "
+                "set kl.estimator to k2 or full, or kl.placement to reward"
+            )
+        if self.target is not None and self.kl_coef == 0:
+            raise ValueError(
+                f"the adaptive controller multiplies kl_coef and never leaves 0, got target {self.target:g} with "
+                "kl_coef 0; set kl.kl_coef above 0 or kl.target to null"
+            )
+        return self
 
 
 class PPOConfig(Section):
@@ -218,6 +297,15 @@ class GenerationConfig(Section):
     batch_sequences: PositiveInt = 64
     """Most sequences of a rank that decode at once."""
 
+    @model_validator(mode="after")
+    def _minimum_below_maximum(self):
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens may not exceed max_new_tokens, got {self.min_new_tokens} > {self.max_new_tokens}; "
+                "lower generation.min_new_tokens or raise generation.max_new_tokens"
+            )
+        return self
+
 
 class ZeroConfig(Section):
     """How DeepSpeed shards the shared model."""
@@ -244,12 +332,14 @@ class EvaluationConfig(Section):
 class Recipe(Section):
     """One PPO run."""
 
+    name: str | None = Field(None, pattern=r"^[\w.-]+$")
+    """The run's name; null: that of the recipe's file."""
     seed: NonNegativeInt = 0
     """Seed of every random choice of the run."""
     iterations: PositiveInt = 40
     """Iterations of generation, evaluation and update."""
     output: str | None = None
-    """The run's folder, which must not hold a run yet; null: runs/RECIPE-DATE-TIME."""
+    """The run's folder, which must not hold a run yet; null: runs/NAME-DATE-TIME."""
     toyworld: str | None = None
     """Folder of the embedded toy world, built there when missing; null: not used."""
     model: ModelConfig = ModelConfig()
@@ -264,3 +354,63 @@ class Recipe(Section):
     generation: GenerationConfig = GenerationConfig()
     zero: ZeroConfig = ZeroConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _sections_agree(self):
+        sequences = self.data.prompts_per_iteration * self.data.samples_per_prompt
+        problems = []
+        if self.ppo.minibatch_sequences > sequences:
+            problems.append(
+                "a minibatch may not exceed the iteration, got ppo.minibatch_sequences "
+                f"{self.ppo.minibatch_sequences} > {sequences} = data.prompts_per_iteration {self.data.prompts_per_iteration} * data.samples_per_prompt "
+                f"{self.data.samples_per_prompt}; lower the first or raise one of the others"
+            )
+        if self.critic.warmup_iterations >= self.iterations:
+            problems.append(
+                f"critic warm-up must end within the run, got critic.warmup_iterations {self.critic.warmup_iterations} "
+                f">= iterations {self.iterations}; lower the first or raise the second"
+            )
+        counts = Counter(reward.label for reward in self.rewards)
+        problems += [
+            f"rewards need distinct names, got {label!r} {count} times; give each a name: of its own"
+            for label, count in counts.items()
+            if count > 1
+        ]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def warnings_of(recipe: Recipe) -> list[str]:
+    """What the recipe allows and its author may not have meant, for the log."""
+    kl, generation, evaluation = recipe.kl, recipe.generation, recipe.evaluation
+    warnings = []
+    if kl.placement == "reward" and kl.estimator in ("k2", "k3"):
+        warnings.append(
+            f"kl.estimator {kl.estimator} in the reward does not have the KL's gradient as its expectation; k1 does"
+        )
+    if kl.placement == "reward" and kl.estimator == "full":
+        warnings.append(
+            "kl.estimator full in the reward leaves out the gradient of each token's own KL; k1 in the reward or full "
+            "in the loss has it"
+        )
+    if kl.placement == "loss" and kl.estimator == "k3":
+        warnings.append(
+            "kl.estimator k3 in the loss has the gradient of the other direction, KL(reference || policy); k2 and full "
+            "have that of KL(policy || reference)"
+        )
+    if generation.temperature == 0:
+        warnings.append("generation.temperature 0 trains on argmax responses: nothing is explored")
+    restricted = {
+        "top_k": generation.top_k > 0,
+        "top_p": generation.top_p < 1,
+        "min_new_tokens": generation.min_new_tokens,
+    }
+    for key in (key for key, on in restricted.items() if on):
+        warnings.append(
+            f"generation.{key} restricts the draw alone: log-probs and ratio are those of the full softmax, so the "
+            "update is not exactly on-policy"
+        )
+    if evaluation.dataset is None and (evaluation.judge or evaluation.every_iterations):
+        warnings.append("evaluation.judge and evaluation.every_iterations have no effect without evaluation.dataset")
+    return warnings

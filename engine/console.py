@@ -1,0 +1,39 @@
+"""What a person sees while a run goes on: quiet libraries, one log format, progress bars with the time left."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from engine import dist
+
+CONSOLE = Console(stderr=True)
+"""The one console: bars and log lines share it, so that neither tears the other."""
+
+
+def set_up_logging() -> None:
+    """The engine's log lines on rank 0; libraries speak of errors alone, unless ALTERNATOR_VERBOSE is set."""
+    handler = RichHandler(console=CONSOLE, show_level=False, show_path=False, omit_repeated_times=False)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler], force=True)
+    if os.environ.get("ALTERNATOR_VERBOSE"):
+        return
+    warnings.filterwarnings("ignore")
+    for name in ("torch", "deepspeed", "DeepSpeed", "transformers", "datasets", "bitsandbytes", "peft", "httpx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def progress_bar(label: str, total: int) -> Iterator[Callable[[str], None]]:
+    """A bar with the time left, on rank 0; the function that it gives advances it and sets its note."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns += (TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+    with Progress(*columns, console=CONSOLE, disable=dist.rank() != 0) as progress:
+        task = progress.add_task(label, total=total, note="")
+        yield lambda note="": progress.update(task, advance=1, note=note)

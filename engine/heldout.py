@@ -1,0 +1,75 @@
+"""How good the policy is on held-out prompts: the same prompts and the same random numbers at every look."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from engine import dist
+from engine.advantages import ScoreCombiner
+from engine.batch import Prompts, map_rows
+from engine.config import Recipe
+from engine.evaluation import evaluate
+from engine.hybrid_engine import HybridEngine
+from engine.metrics import Metrics
+from engine.randomness import Stream
+from engine.reward_sources import RewardSource, Texts
+from engine.rollout import generate
+
+
+@dataclass(frozen=True)
+class Look:
+    """The policy at one moment, over the held-out prompts of all ranks."""
+
+    metrics: Metrics
+    prompts: list[str]
+    responses: list[str]
+    scores: list[float]
+
+
+class HeldOut:
+    """Samples the held-out prompts and judges the responses.
+
+    Args:
+        prompts: this rank's rows of them.
+        judge: f(prompts, responses) -> {metric: number}, or None.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        prompts: Prompts,
+        tokenizer: PreTrainedTokenizerBase,
+        end_ids: tuple[int, ...],
+        judge: Callable[[list[str], list[str]], dict[str, float]] | None,
+    ):
+        self.recipe, self.prompts, self.tokenizer, self.end_ids, self.judge = recipe, prompts, tokenizer, end_ids, judge
+
+    def look(self, engine: HybridEngine, sources: list[RewardSource]) -> Look:
+        """A collective; every rank gets the whole."""
+        recipe = self.recipe
+        with engine.generation() as actor:
+            rollout = generate(
+                actor, self.prompts, recipe.generation, self.end_ids, recipe.seed, stream=Stream.EVALUATION
+            )
+        texts = Texts.of(self.prompts, rollout, self.tokenizer)
+        with engine.inference():
+            evaluation = evaluate(engine, sources, rollout, texts, recipe.kl, recipe.ppo.micro_batch_sequences)
+        rollout, evaluation = (map_rows(record, dist.all_gather_rows) for record in (rollout, evaluation))
+        prompts = [text for part in dist.all_gather_objects(texts.prompts) for text in part]
+        responses = [text for part in dist.all_gather_objects(texts.responses) for text in part]
+        scores = ScoreCombiner(recipe).raw(evaluation)
+        metrics = {
+            "eval/score_mean": scores.mean().item(),
+            "eval/kl_sequence_mean": (evaluation.old_logprobs - evaluation.ref_logprobs).sum(1).mean().item(),
+            "eval/response_tokens_mean": rollout.response_lengths.float().mean().item(),
+            "eval/eos_fraction": rollout.ended.float().mean().item(),
+        }
+        if self.judge is not None:
+            judged = self.judge(prompts, responses)
+            metrics |= {f"eval/{name}": float(value) for name, value in judged.items()}
+        assert torch.isfinite(torch.tensor(list(metrics.values()))).all(), metrics
+        return Look(metrics, prompts, responses, scores.tolist())

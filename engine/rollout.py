@@ -1,0 +1,167 @@
+"""Prompts -> Rollout: the actor samples responses, each token a function of seed and draw."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from engine.batch import Prompts, Rollout
+from engine.config import GenerationConfig
+from engine.randomness import Stream, generator
+
+
+def generate(
+    module: PreTrainedModel,
+    prompts: Prompts,
+    settings: GenerationConfig,
+    end_ids: tuple[int, ...],
+    seed: int,
+    stream: Stream = Stream.TRAINING,
+) -> Rollout:
+    """Sample one response for each prompt, with no collective: ranks decode freely.
+
+    Args:
+        module: a plain causal model, whole on this rank.
+        prompts: this rank's rows; none is fine.
+        end_ids: the tokens that end a response; the one that did is part of it.
+    """
+    width = settings.max_new_tokens
+    sampled = _Responses.empty(len(prompts), width)
+    for rows in torch.arange(len(prompts)).split(settings.batch_sequences):
+        if len(rows):
+            uniforms = token_uniforms(seed, stream, prompts.draws[rows], prompts.samples[rows], width)
+            _decode(module, prompts, rows, uniforms, settings, end_ids, sampled)
+    return Rollout(
+        prompt_ids=prompts.prompt_ids,
+        prompt_lengths=prompts.prompt_lengths,
+        response_ids=sampled.ids,
+        response_lengths=sampled.lengths,
+        ended=sampled.ended,
+        sampler_logprobs=sampled.logprobs,
+        draws=prompts.draws,
+        samples=prompts.samples,
+    )
+
+
+def token_uniforms(seed: int, stream: Stream, draws: Tensor, samples: Tensor, count: int) -> Tensor:
+    """`[B, count]` float64 in [0, 1): column t belongs to response position t, whatever is decoded beside it."""
+    rows = [generator(seed, stream, int(d), int(s)).random(count) for d, s in zip(draws, samples, strict=True)]
+    return torch.from_numpy(np.stack(rows))
+
+
+@dataclass(frozen=True)
+class _Responses:
+    """Responses as they grow, padded on the right with 0."""
+
+    ids: Tensor  # [B, R] int64
+    logprobs: Tensor  # [B, R] float32
+    lengths: Tensor  # [B] int64
+    ended: Tensor  # [B] bool
+
+    @classmethod
+    def empty(cls, rows: int, width: int) -> _Responses:
+        return cls(
+            ids=torch.zeros(rows, width, dtype=torch.int64),
+            logprobs=torch.zeros(rows, width),
+            lengths=torch.zeros(rows, dtype=torch.int64),
+            ended=torch.zeros(rows, dtype=torch.bool),
+        )
+
+    def add(self, rows: Tensor, position: int, ids: Tensor, logprobs: Tensor, ends: Tensor) -> None:
+        self.ids[rows, position] = ids
+        self.logprobs[rows, position] = logprobs
+        self.lengths[rows] = position + 1
+        self.ended[rows] = ends
+
+
+def _decode(
+    module: PreTrainedModel,
+    prompts: Prompts,
+    rows: Tensor,
+    uniforms: Tensor,
+    settings: GenerationConfig,
+    end_ids: tuple[int, ...],
+    sampled: _Responses,
+) -> None:
+    """Decode some rows together with a KV cache until each has ended or reached the limit."""
+    device = next(module.parameters()).device
+    longest = int(prompts.prompt_lengths[rows].max())
+    ids = prompts.prompt_ids[rows][:, -longest:].to(device)
+    mask = prompts.prompt_mask[rows][:, -longest:].to(device)
+    ends = torch.tensor(end_ids)
+    cache = DynamicCache(config=module.config)
+    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+    alive = torch.ones(len(rows), dtype=torch.bool)
+    for step in range(settings.max_new_tokens):
+        logits = module(
+            input_ids=ids,
+            attention_mask=mask.long(),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        banned = ends if step < settings.min_new_tokens else None
+        tokens, logprobs = sample(logits.float().cpu(), uniforms[:, step], settings, banned)
+        done = torch.isin(tokens, ends)
+        sampled.add(rows[alive], step, tokens[alive], logprobs[alive], done[alive])
+        alive &= ~done
+        if not alive.any():
+            break
+        # A finished row goes on with whatever it drew: no other row sees it, and it is written nowhere.
+        ids = tokens[:, None].to(device)
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
+        positions = positions[:, -1:] + 1
+
+
+def sample(
+    logits: Tensor, uniforms: Tensor, settings: GenerationConfig, banned: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Draw one token per row by inverting the cumulative distribution.
+
+    Token = first i with cdf[i] > u * cdf[last], the cdf in float64 over the kept tokens in vocabulary order.
+    Restrictions (banned, top-k, top-p) shape the draw only: log-probs are those of the temperature-scaled full softmax.
+
+    Args:
+        logits: `[B, V]` float32, raw.
+        uniforms: `[B]` float64 in [0, 1).
+        banned: ids that may not be drawn.
+
+    Returns:
+        tokens `[B]` int64 and their log-probs `[B]` float32.
+    """
+    scaled = logits / (settings.temperature or 1.0)
+    logprobs = scaled.log_softmax(-1)
+    allowed = scaled
+    if banned is not None:
+        allowed = scaled.index_fill(-1, banned, -torch.inf)
+    if settings.temperature == 0:
+        tokens = allowed.argmax(-1)
+    else:
+        weights = _keep(allowed, settings.top_k, settings.top_p)
+        cdf = weights.cumsum(-1)
+        tokens = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True).squeeze(-1)
+    return tokens, logprobs.gather(-1, tokens[:, None]).squeeze(-1)
+
+
+def _keep(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """`[B, V]` float64 probabilities, 0 for tokens outside the top k or the nucleus (Holtzman et al. 2020).
+
+    Ties go to the lower id; the likeliest token always stays.
+    """
+    probabilities = logits.double().softmax(-1)
+    if not top_k and top_p >= 1.0:
+        return probabilities
+    ordered, order = probabilities.sort(-1, descending=True, stable=True)
+    keep = torch.ones_like(ordered, dtype=torch.bool)
+    if top_k:
+        keep[:, top_k:] = False
+        ordered = ordered * keep
+    if top_p < 1.0:
+        before = ordered.cumsum(-1) - ordered
+        keep &= before < top_p * ordered.sum(-1, keepdim=True)
+    return probabilities * torch.zeros_like(keep).scatter(-1, order, keep)

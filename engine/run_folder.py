@@ -1,0 +1,51 @@
+"""The folder of a run: made once, never overwritten, written by rank 0."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import islice
+from pathlib import Path
+
+from engine import dist
+from engine.command_line import save_recipe
+from engine.config import Recipe
+from engine.metrics import append_jsonl
+
+SAMPLES_PER_LOOK = 8
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """`runs/NAME/` with the recipe and DeepSpeed configuration as they ran."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, recipe: Recipe, ds_config: dict) -> RunFolder:
+        """Make the folder (rank 0) and agree on its name (all ranks)."""
+        path = recipe.output or f"runs/{recipe.name or 'run'}-{datetime.now():%Y%m%d-%H%M%S}"
+        folder = cls(Path(dist.broadcast_object(path)))
+        problem = None
+        if dist.rank() == 0:
+            try:
+                folder.path.mkdir(parents=True, exist_ok=True)
+                save_recipe(recipe, folder.path / "recipe.yaml")
+                (folder.path / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n")
+            except OSError as error:
+                problem = f"can't write the run's folder {folder.path}: {error}"
+        dist.agree(problem)
+        return folder
+
+    def add_samples(self, iteration: int, kind: str, rows: Iterable[tuple[str, str, float]]) -> None:
+        """Append the first few (prompt, response, score) of a phase to samples.jsonl."""
+        names = ("prompt", "response", "score")
+        append_jsonl(
+            self.path / "samples.jsonl",
+            [
+                {"iteration": iteration, "kind": kind, **dict(zip(names, row, strict=True))}
+                for row in islice(rows, SAMPLES_PER_LOOK)
+            ],
+        )

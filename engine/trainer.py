@@ -1,0 +1,176 @@
+"""The loop: generation, inference, advantages, update; iteration after iteration, with a look at held-out prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from engine import config, dist, models, reward_sources, toyworld, zero
+from engine.advantages import KLController, ScoreCombiner, make_experience
+from engine.batch import Experience, Prompts, map_rows
+from engine.checkpoint import export_final
+from engine.checks import check_files
+from engine.config import Recipe
+from engine.console import progress_bar, set_up_logging
+from engine.evaluation import evaluate
+from engine.heldout import HeldOut, Look
+from engine.hybrid_engine import HybridEngine
+from engine.metrics import (
+    MetricSinks,
+    PhaseClock,
+    append_jsonl,
+    console_line,
+    memory_metrics,
+    rollout_metrics,
+    update_metrics,
+)
+from engine.plugins import load_function
+from engine.prompts import PromptSet, PromptSource, load_prompts
+from engine.report import before_after, draw_learning_curve
+from engine.reward_sources import Texts
+from engine.roles import ACTOR, RolesModel
+from engine.rollout import generate
+from engine.run_folder import RunFolder
+from engine.update import update
+
+logger = dist.get_logger(__name__)
+
+
+def train(recipe: Recipe) -> Path:
+    """Run a recipe from start to end; returns the run's folder.
+
+    Raises:
+        RecipeError: the recipe can't be run as it is (before any model loads).
+        FloatingPointError: the loss or a gradient stopped being finite.
+    """
+    set_up_logging()
+    if recipe.toyworld:
+        zero.start()  # both ranks build the toy world together
+        toyworld.prepare(recipe.toyworld)
+    check_files(recipe)
+    zero.start()
+    torch.manual_seed(recipe.seed)
+    trainer = Trainer(recipe)
+    try:
+        trainer.run()
+    finally:
+        trainer.close()
+    return trainer.folder.path
+
+
+class Trainer:
+    """One PPO run: its parts, built from the recipe, and the loop over them."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self.tokenizer = models.load_tokenizer(recipe.model)
+        self.end_ids = models.end_token_ids(self.tokenizer, recipe.model.path, recipe.generation.end_tokens)
+        self.prompt_set = load_prompts(recipe.data, self.tokenizer)
+        self.prompts = self._prompt_source(self.prompt_set)
+        self.heldout = self._heldout()
+        roles = RolesModel(models.load_causal(recipe.model), recipe.actor, recipe.critic, recipe.generation.temperature)
+        self.engine = HybridEngine(roles, recipe)
+        self.sources = reward_sources.build(recipe)
+        self.combiner = ScoreCombiner(recipe)
+        self.kl = KLController(recipe.kl)
+        self.folder = RunFolder.create(recipe, self.engine.ds_config)
+        self.sinks = MetricSinks(self.folder.path)
+
+    def run(self) -> None:
+        """All iterations, then the final adapters and the report."""
+        for warning in config.warnings_of(self.recipe):
+            logger.warning("note: %s", warning)
+        base = self.engine.base_hash()
+        before = self._look(0)
+        after = None
+        with progress_bar("PPO", self.recipe.iterations) as advance:
+            for iteration in range(self.recipe.iterations):
+                metrics = self.iterate(iteration)
+                self.sinks.write(iteration + 1, metrics)
+                logger.info(console_line(iteration + 1, self.recipe.iterations, metrics))
+                advance(f"score {metrics['score/mean']:+.3f}")
+                after = self._look(iteration + 1)
+        self._finish(base, before, after)
+
+    def iterate(self, iteration: int) -> dict[str, float]:
+        """One iteration of PPO; returns its metrics. `iteration` counts from 0."""
+        recipe, clock = self.recipe, PhaseClock()
+        prompts = self.prompts.batch(iteration, dist.rank(), dist.world_size())
+        with clock.phase("generation"), self.engine.generation() as actor:
+            rollout = generate(actor, prompts, recipe.generation, self.end_ids, recipe.seed)
+        with clock.phase("inference"), self.engine.inference():
+            texts = Texts.of(prompts, rollout, self.tokenizer)
+            evaluation = evaluate(
+                self.engine, self.sources, rollout, texts, recipe.kl, recipe.ppo.micro_batch_sequences
+            )
+        with clock.phase("training"):
+            # A row is kilobytes. With the rows of all ranks on each, whitening, metrics and minibatches are
+            # one-process code whose result can't depend on who sampled what.
+            rollout, evaluation = (map_rows(record, dist.all_gather_rows) for record in (rollout, evaluation))
+            experience = make_experience(rollout, evaluation, recipe, self.combiner, self.kl.kl_coef)
+            frozen = frozenset({ACTOR}) if iteration < recipe.critic.warmup_iterations else frozenset()
+            stats = update(self.engine, experience, recipe, iteration, self.kl.kl_coef, frozen)
+        metrics = {
+            **rollout_metrics(experience, self.combiner, [source.name for source in self.sources]),
+            **update_metrics(stats),
+            **clock.metrics(),
+            **memory_metrics(),
+            "kl_coef": self.kl.kl_coef,
+            "data/prompts_dropped": self.prompt_set.dropped,
+            "data/prompts_truncated": self.prompt_set.truncated,
+        }
+        self.kl.update(metrics["kl/k1_sequence_mean"], len(rollout))
+        self._keep_samples(iteration, prompts, texts, experience)
+        return metrics
+
+    def _prompt_source(self, prompts: PromptSet) -> PromptSource:
+        data = self.recipe.data
+        return PromptSource(prompts, self.recipe.seed, data.prompts_per_iteration, data.samples_per_prompt)
+
+    def _heldout(self) -> HeldOut | None:
+        settings = self.recipe.evaluation
+        if settings.dataset is None:
+            return None
+        source = self._prompt_source(load_prompts(self.recipe.data, self.tokenizer, settings.dataset))
+        judge = load_function(settings.judge) if settings.judge else None
+        prompts = source.head(settings.prompts, dist.rank(), dist.world_size())
+        return HeldOut(self.recipe, prompts, self.tokenizer, self.end_ids, judge)
+
+    def _look(self, iteration: int) -> Look | None:
+        """Held-out prompts after `iteration` iterations, when it is time for them."""
+        every, last = self.recipe.evaluation.every_iterations, self.recipe.iterations
+        due = iteration in (0, last) or (every and iteration % every == 0)
+        if self.heldout is None or not due:
+            return None
+        look = self.heldout.look(self.engine, self.sources)
+        if dist.rank() == 0:
+            append_jsonl(self.folder.path / "evaluation.jsonl", [{"iteration": iteration, **look.metrics}])
+            rows = zip(look.prompts, look.responses, look.scores, strict=True)
+            self.folder.add_samples(iteration, "heldout", rows)
+        return look
+
+    def _keep_samples(self, iteration: int, prompts: Prompts, texts: Texts, experience: Experience) -> None:
+        if dist.rank() == 0 and len(prompts):
+            rows = zip(texts.prompts, texts.responses, experience.scores.tolist()[: len(prompts)], strict=True)
+            self.folder.add_samples(iteration + 1, "training", rows)
+
+    def _finish(self, base: str, before: Look | None, after: Look | None) -> None:
+        export_final(self.engine.roles, self.folder.path / "final", self.recipe.model.path)
+        moved = "the frozen base changed during training" if self.engine.base_hash() != base else None
+        dist.agree(moved)
+        if dist.rank() != 0:
+            return
+        draw_learning_curve(self.folder.path)
+        if before is not None:
+            page = before_after(before, after)
+            (self.folder.path / "before_after.txt").write_text(page)
+            logger.info("\n%s", page)
+        logger.info("base shards unchanged (sha256 %s); run folder: %s", base[:12], self.folder.path)
+
+    def close(self) -> None:
+        """Give back files, engines and buffers."""
+        self.sinks.close()
+        for source in self.sources:
+            source.close()
+        self.engine.close()

@@ -1,0 +1,254 @@
+"""The engine's only door to DeepSpeed: start-up, the trained engine, frozen engines, gathering, per-role steps.
+
+What DeepSpeed does surprisingly, and is dealt with here, is said where it bites.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import math
+import os
+import socket
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import deepspeed
+import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.utils import logger as deepspeed_logger
+from torch import Tensor, nn
+
+from engine import dist
+from engine.config import OptimizerSettings
+
+
+def start() -> None:
+    """Join the process group that the launcher described, or make one of a single rank; quiet DeepSpeed's chatter."""
+    deepspeed_logger.setLevel("ERROR")
+    if dist.is_distributed():
+        return
+    if "RANK" not in os.environ:  # a plain `python launch/train.py`
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    deepspeed.init_distributed(verbose=False)
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """What one role trains and how."""
+
+    role: str
+    parameters: list[nn.Parameter]
+    settings: OptimizerSettings
+
+
+@dataclass
+class RoleSteps:
+    """Clips each role's gradient by that role's own norm, and can let an optimizer step pass without effect.
+
+    DeepSpeed knows one norm for everything: a young critic's large gradient would throttle the actor. So its
+    clipping is off, and this hook works where every ZeRO stage hands the optimizer float32 gradients that are
+    averaged over ranks and unscaled: just before `optimizer.step()`. Stages 1 to 3 call that once per group with
+    this rank's partition, stage 0 once with everything.
+    """
+
+    partitioned: bool
+    norms: dict[str, float] = field(default_factory=dict)
+    skip: bool = False
+    _hidden: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.register_step_pre_hook(self._before)
+        optimizer.register_step_post_hook(self._after)
+
+    @torch.no_grad()
+    def _before(self, optimizer, args, kwargs) -> None:
+        for group in optimizer.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if self.skip:
+                # The optimizer passes over a parameter without a gradient: neither weight nor moment moves,
+                # and DeepSpeed's own bookkeeping (buffers, micro-step counter) still runs its course.
+                self._hidden += [(p, p.grad) for p in parameters]
+                for parameter in parameters:
+                    parameter.grad = None
+            elif parameters:
+                self.norms[group["role"]] = self._clip(parameters, group["gradient_clipping"])
+
+    def _after(self, optimizer, args, kwargs) -> None:
+        for parameter, gradient in self._hidden:
+            parameter.grad = gradient
+        self._hidden.clear()
+
+    def _clip(self, parameters: list[Tensor], limit: float) -> float:
+        square = sum(p.grad.double().square().sum() for p in parameters)
+        if self.partitioned:
+            square = dist.all_reduce(square)
+        norm = math.sqrt(square.item())
+        if limit and norm > limit:
+            for parameter in parameters:
+                parameter.grad.mul_(limit / norm)
+        return norm
+
+
+class TrainedEngine:
+    """A module under DeepSpeed ZeRO with one AdamW group per role.
+
+    Args:
+        module: its trainable parameters are exactly those of `groups`.
+        ds_config: a resolved DeepSpeed configuration (`engine.ds_config`).
+    """
+
+    def __init__(self, module: nn.Module, groups: list[ParameterGroup], ds_config: dict):
+        listed = {id(p) for group in groups for p in group.parameters}
+        trainable = {id(p) for p in module.parameters() if p.requires_grad}
+        assert listed == trainable, "a trainable parameter without a group, or a frozen one in a group"
+        self.stage: int = ds_config.get("zero_optimization", {}).get("stage", 0)
+        offload = ds_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+        self.optimizer = _adamw(groups, on_cpu=offload == "cpu")
+        self.steps = RoleSteps(partitioned=self.stage > 0)
+        self.steps.attach(self.optimizer)
+        with _quiet():
+            self.engine, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=ds_config)
+        self.module = module
+
+    @property
+    def device(self) -> torch.device:
+        return self.engine.device
+
+    def __call__(self, *args, **kwargs):
+        return self.engine(*args, **kwargs)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradients of a micro-batch; `last` reduces them over ranks (an average: DeepSpeed's way).
+
+        Call it once per micro-batch with the joint loss of all roles: under ZeRO-3 the first backward after a step
+        overwrites gradients and later ones add, so a role that the first one missed would keep stale gradients.
+        """
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss)
+        if not last:
+            self.engine.step()
+
+    def step(self, learning_rates: dict[str, float]) -> dict[str, float]:
+        """Take the optimizer step; returns each role's gradient norm before clipping.
+
+        Raises:
+            FloatingPointError: a gradient is not finite (DeepSpeed would pass over the step in silence).
+        """
+        for group in self._groups():
+            group["lr"] = learning_rates[group["role"]]
+        self.steps.norms = {}
+        self.engine.step()
+        norms = dict(self.steps.norms)
+        if set(norms) != set(learning_rates) or not all(map(math.isfinite, norms.values())):
+            raise FloatingPointError(f"a gradient is not finite: gradient norms {norms or 'overflowed'}")
+        return norms
+
+    def discard(self) -> None:
+        """Forget the gradients of the minibatch: weights, moments and step counts stay as they are."""
+        self.steps.skip = True
+        try:
+            self.engine.step()
+        finally:
+            self.steps.skip = False
+
+    def _groups(self) -> list[dict]:
+        # ZeRO-3 may rebuild the groups; the rate must reach whatever the optimizer reads.
+        return self.optimizer.param_groups
+
+    def close(self) -> None:
+        """Give back hooks and buffers."""
+        self.engine.destroy()
+
+
+class FrozenEngine:
+    """A module for inference alone, sharded by ZeRO-3, its shards in host memory when asked."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype, offload_to_cpu: bool):
+        module.requires_grad_(False)
+        zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 50_000_000}
+        if offload_to_cpu:
+            zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_clipping": 0.0,
+            "bf16": {"enabled": dtype == torch.bfloat16},
+            "zero_optimization": zero,
+        }
+        with _quiet():
+            self.engine, *_ = deepspeed.initialize(model=module, config=config)
+        self.module = module
+
+    @property
+    def device(self) -> torch.device:
+        return self.engine.device
+
+    @torch.no_grad()
+    def __call__(self, *args, **kwargs):
+        return self.engine(*args, **kwargs)
+
+    def close(self) -> None:
+        self.engine.destroy()
+
+
+def _adamw(groups: list[ParameterGroup], on_cpu: bool) -> torch.optim.Optimizer:
+    parameter_groups = [
+        {
+            "params": group.parameters,
+            "role": group.role,
+            "gradient_clipping": group.settings.gradient_clipping,
+            "lr": 0.0,
+            "betas": (group.settings.beta1, group.settings.beta2),
+            "eps": group.settings.epsilon,
+            "weight_decay": group.settings.weight_decay,
+        }
+        for group in groups
+    ]
+    # Offloaded states live beside the CPU: DeepSpeed asks for its vectorised CPU Adam there.
+    return DeepSpeedCPUAdam(parameter_groups) if on_cpu else torch.optim.AdamW(parameter_groups)
+
+
+@contextmanager
+def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Inside, partitioned parameters are whole on every rank (a collective); others are left as they are."""
+    partitioned = [p for p in parameters if hasattr(p, "ds_id")]
+    if not partitioned:
+        yield
+        return
+    with deepspeed.zero.GatheredParameters(partitioned):
+        yield
+
+
+def is_gathered(parameter: nn.Parameter) -> bool:
+    """Whether a ZeRO-3 parameter holds its whole tensor now; True for parameters that ZeRO-3 does not manage."""
+    return not hasattr(parameter, "ds_id") or parameter.ds_status == ZeroParamStatus.AVAILABLE
+
+
+def local_shard(parameter: nn.Parameter) -> Tensor:
+    """What this rank keeps of a parameter: its ZeRO-3 shard, or all of it."""
+    return parameter.ds_tensor.data if hasattr(parameter, "ds_tensor") else parameter.data
+
+
+def shards_hash(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> str:
+    """SHA-256 over the bytes of this rank's shards, in the order given."""
+    digest = hashlib.sha256()
+    for name, parameter in named_parameters:
+        digest.update(name.encode())
+        digest.update(local_shard(parameter).contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what libraries print at start-up (DeepSpeed's op loader writes to stdout)."""
+    if os.environ.get("ALTERNATOR_VERBOSE"):
+        yield
+        return
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield

@@ -1,0 +1,21 @@
+"""Train a policy by PPO: `deepspeed --num_accelerators 2 launch/train.py [RECIPE.yaml] [--section.key value ...]`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from engine.command_line import parse, readable_errors
+
+
+def main() -> None:
+    with readable_errors():
+        recipe = parse(sys.argv[1:])
+        # Here and not above: torch and DeepSpeed take seconds to import, a bad recipe and --help answer at once.
+        from engine.trainer import train
+
+        train(recipe)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,20 @@
+"""Fixtures of the whole suite."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def pool():
+    """Two ranks under real DeepSpeed, shared by the whole session."""
+    from tests.distributed import Pool
+
+    workers = Pool(world_size=2)
+    yield workers
+    workers.close()

@@ -1,0 +1,99 @@
+"""Two real processes under DeepSpeed, started once for the whole test session.
+
+A test hands `Pool.run` a module-level function; both ranks import and call it, and the test gets both results.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+
+TIMEOUT_SECONDS = 300
+
+
+def _serve(rank: int, world_size: int, port: int, connection) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+        TOKENIZERS_PARALLELISM="false",
+    )
+    import torch
+
+    torch.set_num_threads(1)
+    from engine import zero
+
+    zero.start()
+    connection.send(("ready", None))
+    while (job := connection.recv()) is not None:
+        function, arguments = job
+        try:
+            connection.send(("ok", function(*arguments)))
+        except BaseException as error:
+            connection.send(("error", (type(error), str(error), traceback.format_exc())))
+
+
+class WorkerError(RuntimeError):
+    """A rank raised; `kind` is the exception's type, the message its text and traceback."""
+
+    def __init__(self, rank: int, kind: type, message: str, trace: str):
+        super().__init__(f"rank {rank}: {kind.__name__}: {message}\n{trace}")
+        self.rank, self.kind, self.message = rank, kind, message
+
+
+class Pool:
+    """`world_size` ranks in one process group, reused by every test; restarted after a rank hung."""
+
+    def __init__(self, world_size: int = 2):
+        self.world_size = world_size
+        self._start()
+
+    def _start(self) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        context = multiprocessing.get_context("spawn")  # fork would copy torch's threads half-alive
+        self.processes, self.connections = [], []
+        for rank in range(self.world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, self.world_size, port, theirs), daemon=True)
+            process.start()
+            self.processes.append(process)
+            self.connections.append(ours)
+        self._collect()
+
+    def run(self, function: Callable, *arguments) -> list:
+        """`function(*arguments)` on every rank; their results in rank order.
+
+        Raises:
+            WorkerError: the first rank that raised.
+            TimeoutError: a rank didn't answer; the pool starts afresh.
+        """
+        for connection in self.connections:
+            connection.send((function, arguments))
+        return self._collect()
+
+    def _collect(self) -> list:
+        replies = []
+        for rank, connection in enumerate(self.connections):
+            if not connection.poll(TIMEOUT_SECONDS if not any(r[0] == "error" for r in replies) else 10):
+                self.close()
+                self._start()
+                failed = [r for r in replies if r[0] == "error"]
+                raise TimeoutError(f"rank {rank} hung; other ranks: {failed}")
+            replies.append(connection.recv())
+        for rank, (status, value) in enumerate(replies):
+            if status == "error":
+                raise WorkerError(rank, *value)
+        return [value for _, value in replies]
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
