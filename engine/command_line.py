@@ -14,6 +14,7 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Mapping
 from contextlib import contextmanager
 from difflib import SequenceMatcher
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -49,7 +50,7 @@ def parse(argv: list[str], default_recipe: str = QUICKSTART) -> Recipe:
         prog="launch/train.py",
         description="PPO on DeepSpeed ZeRO. The command line wins over the recipe, the recipe over the defaults.",
         usage="launch/train.py [RECIPE.yaml] [--section.key value ...]",
-        formatter_class=RawDescriptionHelpFormatter,
+        formatter_class=partial(RawDescriptionHelpFormatter, max_help_position=50),
         allow_abbrev=False,
     )
     try:
@@ -186,7 +187,7 @@ def _nests(value) -> bool:
 
 
 def _unknown_options(arguments: list[str]) -> list[str]:
-    """One problem for each option that argparse didn't know; the words behind such an option are its value."""
+    """One problem for each option that argparse didn't know; the word behind such an option is its value."""
     settable = [key for key in known_keys() if not key.startswith("rewards.")]
     problems = []
     behind_option = False
@@ -196,8 +197,10 @@ def _unknown_options(arguments: list[str]) -> list[str]:
             # A path into a list: the list is an option, its items are not.
             whole = "rewards" if key.startswith("rewards.") else nearest(key, settable)
             problems.append(f"{argument.partition('=')[0]}: unknown option; the nearest is --{whole}")
-            behind_option = True
-        elif not behind_option:
+            behind_option = "=" not in argument
+        elif behind_option:
+            behind_option = False  # its value
+        else:
             problems.append(f"{argument!r}: unexpected argument; give one recipe, and settings as --section.key value")
     return problems
 
@@ -220,7 +223,8 @@ def nearest(key: str, keys) -> str:
     def likeness(candidate: str) -> float:
         its_section, _, its_last = candidate.rpartition(".")
         whole = SequenceMatcher(None, key, candidate).ratio()
-        word = SequenceMatcher(None, last, its_last).ratio()
+        initials = "".join(word[:1] for word in its_last.split("_"))
+        word = 1.0 if last == initials else SequenceMatcher(None, last, its_last).ratio()
         return whole + word + 0.5 * (section == its_section != "")
 
     return max(keys, key=likeness)

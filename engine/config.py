@@ -362,8 +362,9 @@ class Recipe(Section):
         if self.ppo.minibatch_sequences > sequences:
             problems.append(
                 "a minibatch may not exceed the iteration, got ppo.minibatch_sequences "
-                f"{self.ppo.minibatch_sequences} > {sequences} = data.prompts_per_iteration {self.data.prompts_per_iteration} * data.samples_per_prompt "
-                f"{self.data.samples_per_prompt}; lower the first or raise one of the others"
+                f"{self.ppo.minibatch_sequences} > {sequences} = data.prompts_per_iteration "
+                f"{self.data.prompts_per_iteration} * data.samples_per_prompt {self.data.samples_per_prompt}; "
+                "lower the first or raise one of the others"
             )
         if self.critic.warmup_iterations >= self.iterations:
             problems.append(

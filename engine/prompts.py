@@ -210,7 +210,7 @@ def _tokenize(tokenizer, texts: list[str]) -> list[list[int]]:
     for index, ids in enumerate(whole):
         if ids and end is not None and ids[-1] == end:
             plain = tokenizer(texts[index], add_special_tokens=False)["input_ids"]
-            if not plain or plain[-1] != end:  # otherwise the text itself ends so, and means it
+            if ids[-len(plain) - 1 : -1] == plain:  # otherwise the text itself ends so, and means it
                 whole[index] = ids[:-1]
     return whole
 

@@ -45,11 +45,11 @@ def train(recipe: Recipe) -> Path:
         FloatingPointError: the loss or a gradient stopped being finite.
     """
     set_up_logging()
-    if recipe.toyworld:
-        zero.start()  # both ranks build the toy world together
-        toyworld.prepare(recipe.toyworld)
-    check_files(recipe)
+    check_files(recipe, built=not recipe.toyworld)
     zero.start()
+    if recipe.toyworld:
+        toyworld.prepare(recipe.toyworld)  # all ranks build it together
+        check_files(recipe)
     torch.manual_seed(recipe.seed)
     trainer = Trainer(recipe)
     try:

@@ -18,3 +18,13 @@ def pool():
     workers = Pool(world_size=2)
     yield workers
     workers.close()
+
+
+@pytest.fixture(scope="session")
+def single():
+    """One rank under real DeepSpeed, in a process of its own so that the others stay free of a process group."""
+    from tests.distributed import Pool
+
+    workers = Pool(world_size=1)
+    yield workers
+    workers.close()

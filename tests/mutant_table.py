@@ -32,8 +32,10 @@ class Mutant:
     """A mutant that runs longer counts as broken."""
 
 
-def ppo(name: str, old: str, new: str, breaks: str) -> Mutant:
-    return Mutant(name, "engine/ppo.py", old, new, breaks, ("tests/test_ppo.py",), short=True)
+def ppo(name: str, old: str, new: str, breaks: str, test: str = "") -> Mutant:
+    """A mutant of engine/ppo.py; `test`: the class that must notice, where the symmetries, which come first, do too."""
+    node = f"tests/test_ppo.py::{test}" if test else "tests/test_ppo.py"
+    return Mutant(name, "engine/ppo.py", old, new, breaks, (node,), short=True)
 
 
 MUTANTS = [
@@ -51,12 +53,14 @@ MUTANTS = [
         "(mask.count_nonzero().clamp(min=1) if",
         "(mask.numel() if",
         "means divide by padding too",
+        "TestMeansAndWhitening",
     ),
     ppo(
         "mean-of-row-means",
         "return masked_sum(x, mask) / (mask.count_nonzero().clamp(min=1) if denominator is None else denominator)",
         "return torch.stack([_real(m, r)[0].sum() / m.sum().clamp(min=1) for r, m in zip(x, mask)]).mean()",
         "each row weighs the same, however short",
+        "TestMeansAndWhitening",
     ),
     ppo(
         "empty-mask-nan",
@@ -103,36 +107,64 @@ MUTANTS = [
         "_loss_and_stats(weight * kl_estimate(",
         "_loss_and_stats(kl_estimate(",
         "wrong KL gradient from the second optimizer step on",
+        "TestKLGradients",
     ),
     ppo(
         "kl-loss-weight-attached",
         "(logprobs - old_logprobs).exp().detach()",
         "(logprobs - old_logprobs).exp()",
         "the weight is differentiated too",
+        "TestKLGradients",
     ),
     # --- engine/ppo.py: rewards and GAE
-    ppo("kl-rewarded", "0) - kl_coef * kl", "0) + kl_coef * kl", "distance from the reference is rewarded"),
+    ppo(
+        "kl-rewarded",
+        "0) - kl_coef * kl",
+        "0) + kl_coef * kl",
+        "distance from the reference is rewarded",
+        "TestTokenRewards",
+    ),
     ppo(
         "score-on-last-column",
         "== lengths[:, None] - 1",
         "== mask.shape[1] - 1",
         "the score of a short response lands on padding",
+        "TestTokenRewards",
     ),
-    ppo("score-one-late", "== lengths[:, None] - 1", "== lengths[:, None]", "the score lands one token late"),
-    ppo("score-everywhere", "torch.where(is_last, scores[:, None], 0)", "scores[:, None]", "every token is scored"),
+    ppo(
+        "score-one-late",
+        "== lengths[:, None] - 1",
+        "== lengths[:, None]",
+        "the score lands one token late",
+        "TestTokenRewards",
+    ),
+    ppo(
+        "score-everywhere",
+        "torch.where(is_last, scores[:, None], 0)",
+        "scores[:, None]",
+        "every token is scored",
+        "TestTokenRewards",
+    ),
     ppo(
         "mask-hole-accepted",
         "if (mask[:, 1:] & ~mask[:, :-1]).any():",
         "if False:",
         "a mask with a hole gives wrong advantages in silence",
     ),
-    ppo("value-one-late", "pad(values[:, 1:], (0, 1))", "pad(values[:, 2:], (0, 2))", "V_{t+2} instead of V_{t+1}"),
+    ppo(
+        "value-one-late",
+        "pad(values[:, 1:], (0, 1))",
+        "pad(values[:, 2:], (0, 2))[:, : mask.shape[1]]",
+        "V_{t+2} instead of V_{t+1}",
+        "TestGAE",
+    ),
     ppo("value-not-shifted", "pad(values[:, 1:], (0, 1))", "values", "V_t instead of V_{t+1}"),
     ppo(
         "gae-forgets-mask",
         "rewards, values = _real(mask, rewards, values)",
         "rewards, values = _wide(rewards), _wide(values)",
         "padding bootstraps the last token",
+        "TestGAE",
     ),
     ppo(
         "gae-bootstraps-the-end",
@@ -169,8 +201,20 @@ MUTANTS = [
         "the optimistic bound",
     ),
     ppo("clip-one-sided", "ratio.clamp(1 - clip_ratio, 1 + clip_ratio)", "ratio.clamp(max=1 + clip_ratio)", "no floor"),
-    ppo("ratio-inverted", "log_ratio = logprobs - old_logprobs", "log_ratio = old_logprobs - logprobs", "old / new"),
-    ppo("advantage-sign", "unclipped = -advantages * ratio", "unclipped = advantages * ratio", "worse is better"),
+    ppo(
+        "ratio-inverted",
+        "log_ratio = logprobs - old_logprobs",
+        "log_ratio = old_logprobs - logprobs",
+        "old / new",
+        "TestPolicyLoss",
+    ),
+    ppo(
+        "advantage-sign",
+        "unclipped = -advantages * ratio",
+        "unclipped = advantages * ratio",
+        "worse is better",
+        "TestPolicyLoss",
+    ),
     ppo("dual-clip-dropped", "if dual_clip is not None:\n", "if False:\n", "dual_clip does nothing"),
     ppo(
         "dual-clip-of-good-tokens",
@@ -184,7 +228,13 @@ MUTANTS = [
         "",
         "a ratio that overflowed leaves a finite loss with nan gradients",
     ),
-    ppo("clipped-counts-ties", "(bounded > unclipped).sum()", "(bounded >= unclipped).sum()", "clip fraction near 1"),
+    ppo(
+        "clipped-counts-ties",
+        "(bounded > unclipped).sum()",
+        "(bounded >= unclipped).sum()",
+        "clip fraction near 1",
+        "TestPolicyLoss",
+    ),
     ppo(
         "approx-kl-is-k1",
         "(torch.expm1(log_ratio) - log_ratio).sum()",
@@ -200,6 +250,7 @@ MUTANTS = [
         "losses = torch.maximum(unclipped, bounded)\n    return",
         "losses = unclipped\n    return",
         "value_clip does nothing",
+        "TestValueLoss",
     ),
     ppo(
         "value-min-for-max",
@@ -218,6 +269,7 @@ MUTANTS = [
         "values.clamp(old_values - value_clip, old_values + value_clip)",
         "values.clamp(returns - value_clip, returns + value_clip)",
         "clipped around the target, not the old value",
+        "TestValueLoss",
     ),
     ppo(
         "controller-unclipped",
@@ -239,6 +291,7 @@ MUTANTS = [
         "torch.where(total == 0, 0,",
         "torch.where(total < 0, 0,",
         "1 where R is constant",
+        "TestExplainedVariance",
     ),
     ppo(
         "explained-variance-float32",

@@ -1,0 +1,217 @@
+"""DeepSpeed's JSON: what is read, refused and filled in."""
+
+import copy
+import json
+
+import pytest
+
+from engine.config import REPOSITORY, RecipeError
+from engine.ds_config import OWNED_KEYS, TOP_LEVEL_KEYS, ZERO_KEYS, check_ds_config, read_ds_config, resolve_ds_config
+
+FILES = sorted((REPOSITORY / "ds_configs").glob("*.json"))
+
+
+def resolve(raw, **changes):
+    known = {"dtype": "float32", "world_size": 2, "micro_batch": 4, "trainable_parameters": 1000}
+    return resolve_ds_config(raw, **(known | changes))
+
+
+def problems_of(raw, **changes) -> str:
+    with pytest.raises(RecipeError) as caught:
+        resolve(raw, **changes)
+    return str(caught.value)
+
+
+def write(tmp_path, text):
+    file = tmp_path / "ds.json"
+    file.write_text(text)
+    return file
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_file_resolves_to_what_deepspeed_accepts(file, dtype):
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    # DeepSpeed sees one rank here, where no process group is up.
+    config = resolve(read_ds_config(file), dtype=dtype, world_size=1)
+    parsed = DeepSpeedConfig(config)
+    assert parsed.gradient_clipping == 0.0
+    assert parsed.train_micro_batch_size_per_gpu == parsed.train_batch_size == 4
+    assert parsed.gradient_accumulation_steps == 1
+    assert parsed.bfloat16_config.enabled == (dtype == "bfloat16")
+    assert f"zero{parsed.zero_config.stage}" in file.stem
+    offload = parsed.zero_config.offload_optimizer
+    assert (offload is not None and offload.device == "cpu") == ("offload" in file.stem)
+    assert "auto" not in json.dumps(config)
+
+
+def test_the_files_are_all_there():
+    names = {file.name for file in FILES}
+    assert {"zero0.json", "zero1.json", "zero2.json", "zero3.json", "zero3_cpu_offload.json"} <= names
+    readme = (REPOSITORY / "ds_configs" / "README.md").read_text()
+    assert all(name in readme for name in names)
+
+
+def test_builtin_files_are_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert read_ds_config("ds_configs/zero2.json")["zero_optimization"]["stage"] == 2
+
+
+class _Recorder(dict):
+    """A configuration that remembers which of its keys were asked for."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.asked = set()
+
+    def get(self, key, default=None):
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def __contains__(self, key):
+        self.asked.add(key)
+        return super().__contains__(key)
+
+    def keys(self):
+        return self  # `key in config.keys()` then asks __contains__; iterating gives the keys too
+
+    def __copy__(self):
+        return self  # DeepSpeed reads a copy
+
+
+def test_known_keys_are_those_of_the_installed_deepspeed():
+    """Watches what DeepSpeed's own parser asks a configuration for."""
+    from deepspeed.runtime.config import _REMOVED_TOP_LEVEL_CONFIG_KEYS, DeepSpeedConfig
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    watched = _Recorder(train_micro_batch_size_per_gpu=1)
+    DeepSpeedConfig(watched)
+    asked = watched.asked - set(_REMOVED_TOP_LEVEL_CONFIG_KEYS)
+    assert len(asked) > 40, "the recorder saw too little"
+    assert asked <= TOP_LEVEL_KEYS
+    # These are read elsewhere: deepspeed.initialize, and the optional configuration sections' own readers.
+    assert TOP_LEVEL_KEYS - asked <= {"data_parallel_size", "sequence_parallel_size", "gradient_clipping"}
+    fields = DeepSpeedZeroConfig.model_fields
+    assert set(fields) | {field.alias for field in fields.values() if field.alias} == ZERO_KEYS
+
+
+def test_unknown_keys_name_the_nearest_one(tmp_path):
+    file = write(tmp_path, '{"gradient_cliping": 1.0, "zero_optimization": {"stage": 2, "reduce_bucket_sise": 5}}')
+    with pytest.raises(RecipeError) as caught:
+        read_ds_config(file)
+    first, second = caught.value.problems
+    assert str(file) in first and "gradient_cliping: unknown key; the nearest is gradient_clipping" in first
+    assert "zero_optimization.reduce_bucket_sise" in second and "zero_optimization.reduce_bucket_size" in second
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ('{"a": 1,\n "b" 2}', ["ds.json:2", "not valid JSON"]),
+        ('{"steps_per_print": 1, "steps_per_print": 2}', ["steps_per_print given twice"]),
+        ("[1]", ["JSON object", "list"]),
+    ],
+)
+def test_malformed_files(tmp_path, text, parts):
+    with pytest.raises(RecipeError) as caught:
+        read_ds_config(write(tmp_path, text))
+    assert all(part in str(caught.value) for part in parts)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(RecipeError, match="none.json"):
+        read_ds_config(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("raw", "parts"),
+    [
+        ({"gradient_clipping": 1.0}, ["gradient_clipping", "got 1.0", "actor.optimizer.gradient_clipping"]),
+        ({"gradient_accumulation_steps": 4}, ["got 4", "ppo.micro_batch_sequences"]),
+        ({"gradient_allreduce_op": "sum"}, ["mean", "got 'sum'"]),
+        ({"optimizer": {"type": "Adam"}}, ["optimizer", "actor.optimizer"]),
+        ({"scheduler": {"type": "WarmupLR"}}, ["scheduler", "schedule"]),
+        ({"fp16": {"enabled": True}}, ["fp16", "model.dtype"]),
+        ({"hybrid_engine": {"enabled": True}}, ["hybrid_engine"]),
+        ({"zero_optimization": True}, ["zero_optimization must be an object"]),
+        ({"zero_optimization": {"stage": 4}}, ["0, 1, 2 or 3", "got 4"]),
+        (
+            {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+            ["offload_param", "stage 3", "got 2"],
+        ),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, ["offload_optimizer", "got 0"]),
+    ],
+)
+def test_what_another_part_owns_is_refused(raw, parts):
+    (problem,) = check_ds_config(raw)
+    assert all(part in problem for part in parts)
+
+
+def test_every_owned_key_is_refused():
+    assert len(check_ds_config({key: {} for key in OWNED_KEYS})) == len(OWNED_KEYS)
+
+
+@pytest.mark.parametrize("value", ["auto", 0, 0.0])
+def test_clipping_is_always_written_as_zero(value):
+    assert resolve({"gradient_clipping": value})["gradient_clipping"] == 0.0
+    assert resolve({})["gradient_clipping"] == 0.0
+
+
+def test_batch_sizes():
+    resolved = resolve({"train_batch_size": "auto"}, world_size=3, micro_batch=5)
+    assert resolved["train_micro_batch_size_per_gpu"] == 5
+    assert resolved["gradient_accumulation_steps"] == 1
+    assert resolved["train_batch_size"] == 15
+    assert resolve({"train_batch_size": 8})["train_batch_size"] == 8
+    assert "train_batch_size must be 8" in problems_of({"train_batch_size": 64})
+
+
+def test_dtype_follows_the_recipe():
+    assert resolve({"bf16": {"enabled": "auto"}}, dtype="bfloat16")["bf16"]["enabled"] is True
+    assert resolve({}, dtype="float32")["bf16"]["enabled"] is False
+    old = resolve({"bfloat16": {"enabled": "auto"}}, dtype="bfloat16")
+    assert old["bfloat16"]["enabled"] is True and "bf16" not in old
+    said = problems_of({"bf16": {"enabled": True}}, dtype="float32")
+    assert "bf16.enabled must be false" in said and "model.dtype float32" in said
+    assert "bf16 must be an object" in problems_of({"bf16": True})
+
+
+@pytest.mark.parametrize(("trained", "bucket"), [(1000, 1000), (49_999_999, 49_999_999), (7_000_000_000, 50_000_000)])
+def test_buckets_follow_what_trains(trained, bucket):
+    zero = resolve({"zero_optimization": {"stage": 2}}, trainable_parameters=trained)["zero_optimization"]
+    assert zero["reduce_bucket_size"] == zero["allgather_bucket_size"] == bucket
+    given = resolve({"zero_optimization": {"stage": 2, "reduce_bucket_size": 77}})["zero_optimization"]
+    assert given["reduce_bucket_size"] == 77
+
+
+def test_a_role_is_one_sub_group():
+    raw = {"zero_optimization": {"stage": 3, "sub_group_size": "auto"}}
+    assert resolve(raw, trainable_parameters=3_000_000_000)["zero_optimization"]["sub_group_size"] >= 3_000_000_000
+    raw["zero_optimization"]["sub_group_size"] = 1000
+    assert resolve(raw, trainable_parameters=1000)["zero_optimization"]["sub_group_size"] == 1000
+    said = problems_of(raw, trainable_parameters=1001)
+    assert "sub_group_size" in said and "1001" in said and "got 1000" in said
+
+
+def test_offload_takes_our_optimizer_and_pins_only_for_a_device():
+    import torch
+
+    config = resolve(read_ds_config("ds_configs/zero3_cpu_offload.json"))
+    assert config["zero_force_ds_cpu_optimizer"] is False
+    assert config["zero_optimization"]["offload_param"]["pin_memory"] is torch.cuda.is_available()
+
+
+def test_unfillable_auto_is_refused():
+    said = problems_of({"zero_optimization": {"stage": 3, "stage3_max_live_parameters": "auto"}})
+    assert "zero_optimization.stage3_max_live_parameters" in said
+
+
+def test_the_argument_is_left_alone_and_all_problems_come_at_once():
+    raw = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": "auto"}}
+    before = copy.deepcopy(raw)
+    resolve(raw)
+    assert raw == before
+    with pytest.raises(RecipeError) as caught:
+        resolve({"optimizer": {}, "gradient_clipping": 1, "stepsperprint": 1})
+    assert len(caught.value.problems) == 3

@@ -1,0 +1,88 @@
+"""One engine, many layouts, one result: compared with a plain PyTorch update that shares none of the engine's code."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine import dist, zero
+from engine.roles import ACTOR, CRITIC
+from engine.update import update
+from tests import tiny
+from tests.reference import Reference
+
+pytestmark = pytest.mark.dist
+
+
+def run_update(settings: dict) -> dict:
+    """On a rank: one iteration's update from the tiny start; what came of it."""
+    recipe = tiny.recipe(**settings)
+    engine = tiny.engine(recipe)
+    base = engine.base_hash()
+    stats = update(engine, tiny.experience(), recipe, iteration=0, kl_coef=recipe.kl.kl_coef, frozen=frozenset())
+    weights = trained_weights(engine)
+    moved = engine.base_hash() != base
+    engine.close()
+    return {"weights": weights, "norms": stats.grad_norms, "sums": dict(stats.sums), "base_moved": moved}
+
+
+def trained_weights(engine) -> dict[str, torch.Tensor]:
+    parameters = {n: p for role in (ACTOR, CRITIC) for n, p in engine.roles.role_parameters(role).items()}
+    with zero.gathered(parameters.values()):
+        return {name: p.detach().clone() for name, p in parameters.items()}
+
+
+def assert_same(result: dict, norms: list[dict[str, float]], weights: dict[str, torch.Tensor], tolerance=2e-6) -> None:
+    for role in (ACTOR, CRITIC):
+        assert result["norms"][role] == pytest.approx([n[role] for n in norms], rel=1e-4)
+    for name, expected in weights.items():
+        if name in result["weights"]:
+            difference = (result["weights"][name] - expected).abs().max().item()
+            assert difference < tolerance, f"{name} differs by {difference:.1e}"
+    assert not result["base_moved"]
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """The plain update for each critic home, computed once."""
+    found = {}
+    for home in ("adapter", "trunk"):
+        recipe = tiny.recipe(critic={"home": home}, ppo={"entropy_coef": 0.01, "value_coef": 0.5})
+        reference = Reference(recipe)
+        norms = reference.update(tiny.experience())
+        found[home] = (norms, reference.weights())
+    return found
+
+
+STAGES = ["zero0", "zero1", "zero2", "zero3", "zero3_cpu_offload"]
+
+
+@pytest.mark.parametrize("home", ["adapter", "trunk"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_ranks_at_every_stage_make_the_plain_update(pool, expected, stage, home):
+    results = pool.run(run_update, settings(stage, home))
+    for result in results:
+        assert_same(result, *expected[home])
+
+
+@pytest.mark.parametrize("micro", [1, 4])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_cutting_and_recomputing_change_nothing(pool, expected, stage, checkpointing, micro):
+    results = pool.run(run_update, settings(stage, "adapter", micro, checkpointing))
+    for result in results:
+        assert_same(result, *expected["adapter"])
+
+
+@pytest.mark.parametrize("stage", ["zero0", "zero3"])
+def test_one_rank_makes_the_same_update(single, expected, stage):
+    (result,) = single.run(run_update, settings(stage, "adapter"))
+    assert_same(result, *expected["adapter"])
+
+
+def settings(stage: str, home: str, micro: int = 2, checkpointing: bool = False) -> dict:
+    return {
+        "zero": {"ds_config": f"ds_configs/{stage}.json", "activation_checkpointing": checkpointing},
+        "critic": {"home": home},
+        "ppo": {"micro_batch_sequences": micro, "entropy_coef": 0.01, "value_coef": 0.5},
+    }

@@ -1,0 +1,127 @@
+"""Tiny real parts that many tests share: a Llama with random weights, rollouts without a sampler, recipes."""
+
+from __future__ import annotations
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from engine import ppo
+from engine.batch import Evaluation, Experience, Prompts, Rollout
+from engine.config import Recipe
+from engine.hybrid_engine import HybridEngine
+from engine.roles import ACTOR, CRITIC, RolesModel
+
+VOCABULARY = 50
+
+
+def llama(seed: int = 0, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    """Two layers, grouped-query attention, weights large enough for the logits to differ clearly."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        max_position_embeddings=128,
+    )
+    return LlamaForCausalLM(config).to(dtype).requires_grad_(False)
+
+
+def recipe(**sections) -> Recipe:
+    """A recipe with some sections given as dicts; few sequences, and an Adam that is smooth around gradient 0.
+
+    With a large epsilon an update is nearly linear in the gradient, so weights after a step compare gradients; with
+    the usual one the sign of a rounding error would move a weight by a whole learning rate.
+    """
+    optimizer = {"learning_rate": 1e-2, "epsilon": 1e-2, "weight_decay": 0.01}
+    defaults = {
+        "actor": {"lora": {"rank": 4, "alpha": 8.0}, "optimizer": {**optimizer, "gradient_clipping": 0.05}},
+        "critic": {"lora": {"rank": 4, "alpha": 8.0}, "optimizer": {**optimizer, "gradient_clipping": 0.5}},
+        "ppo": {"minibatch_sequences": 4, "micro_batch_sequences": 2, "epochs": 2},
+        "data": {"prompts_per_iteration": 7},
+        "generation": {"max_new_tokens": 9},
+        "rewards": [{"function": "tests/tiny.py:length_reward"}],
+    }
+    for name, section in sections.items():
+        nested = isinstance(section, dict) and isinstance(defaults.get(name), dict)
+        defaults[name] = _merge(defaults[name], section) if nested else section
+    return Recipe.model_validate(defaults)
+
+
+def _merge(old: dict, new: dict) -> dict:
+    both = {k: _merge(old[k], new[k]) for k in old.keys() & new.keys() if isinstance(old[k], dict)}
+    return {**old, **new, **both}
+
+
+def length_reward(prompts, responses, **columns) -> list[float]:
+    return [float(len(response)) for response in responses]
+
+
+def roles(settings: Recipe, dtype: torch.dtype = torch.float32) -> RolesModel:
+    """The tiny base with adapters and value head away from their start, so that every gradient is non-zero."""
+    torch.manual_seed(1)
+    model = RolesModel(llama(dtype=dtype), settings.actor, settings.critic, settings.generation.temperature)
+    generator = torch.Generator().manual_seed(2)
+    for role in (ACTOR, CRITIC):
+        for parameter in model.role_parameters(role).values():
+            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def engine(settings: Recipe, dtype: torch.dtype = torch.float32) -> HybridEngine:
+    return HybridEngine(roles(settings, dtype), settings)
+
+
+def prompts(rows: int = 7, seed: int = 3, width: int = 8) -> Prompts:
+    """Random prompts of 1 to `width` tokens, padded on the left with garbage."""
+    generator = torch.Generator().manual_seed(seed)
+    return Prompts(
+        prompt_ids=torch.randint(0, VOCABULARY, (rows, width), generator=generator),
+        prompt_lengths=torch.randint(1, width + 1, (rows,), generator=generator),
+        draws=torch.arange(rows),
+        samples=torch.zeros(rows, dtype=torch.int64),
+        texts=tuple(f"prompt {row}" for row in range(rows)),
+        columns=({},) * rows,
+    )
+
+
+def rollout(rows: int = 7, seed: int = 4, width: int = 9) -> Rollout:
+    """Random responses to random prompts, garbage in the padding."""
+    generator = torch.Generator().manual_seed(seed)
+    asked = prompts(rows, seed + 100)
+    return Rollout(
+        prompt_ids=asked.prompt_ids,
+        prompt_lengths=asked.prompt_lengths,
+        response_ids=torch.randint(0, VOCABULARY, (rows, width), generator=generator),
+        response_lengths=torch.randint(1, width + 1, (rows,), generator=generator),
+        ended=torch.rand(rows, generator=generator) < 0.7,
+        sampler_logprobs=torch.zeros(rows, width),
+        draws=asked.draws,
+        samples=asked.samples,
+    )
+
+
+def experience(rows: int = 7, seed: int = 5) -> Experience:
+    """Plausible numbers on every token: old log-probs near those of a random policy, whitened advantages."""
+    sampled = rollout(rows)
+    generator = torch.Generator().manual_seed(seed)
+    shape, mask = sampled.response_ids.shape, sampled.response_mask
+
+    def noise(mean: float, scale: float):
+        return torch.where(mask, mean + scale * torch.randn(shape, generator=generator), 0.0)
+
+    old_logprobs, values = noise(-4.0, 0.5), noise(0.0, 0.3)
+    returns = noise(0.5, 1.0)
+    evaluation = Evaluation(
+        old_logprobs=old_logprobs,
+        ref_logprobs=noise(-4.0, 0.5),
+        kl=noise(0.0, 0.1),
+        old_values=values,
+        entropy=noise(3.0, 0.1),
+        source_scores=torch.randn(rows, 1, generator=generator),
+    )
+    advantages = ppo.masked_whiten(returns - values, mask)
+    return Experience(sampled, evaluation, evaluation.source_scores[:, 0], returns, advantages, returns)
