@@ -30,7 +30,8 @@ def load_function(spec: str) -> Callable:
         raise RecipeError(f"{spec}: no Python file {path} (working directory {Path.cwd()}); correct the path")
     module = _module(file.resolve(), spec)
     if not hasattr(module, name):
-        there = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
+        own = {n: value for n, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__}
+        there = [n for n, value in own.items() if callable(value) and not n.startswith("_")]
         raise RecipeError(f"{spec}: {path} has no {name}; it has {', '.join(sorted(there)) or 'no functions'}")
     function = getattr(module, name)
     if not callable(function):

@@ -5,8 +5,10 @@ Shapes: `[B, T]` is B sequences by T response positions, V is the vocabulary. A 
 Four rules hold everywhere. Arithmetic is in float32 or better (float64 stays float64, and results keep that type). A
 masked position may hold anything, inf and nan included: it is replaced by 0 BEFORE any arithmetic, because a 0 applied
 afterwards would still meet nan in the backward pass (0 * nan); so it changes nothing, comes out 0 and gets gradient 0.
-An empty mask gives 0. And a non-finite value at a real token is never repaired: it reaches the loss, for the trainer to
-see. Statistics are detached sums and counts over real tokens (one maximum, named so), never means: sums add up over
+An empty mask gives 0. And a non-finite value at a real token is never repaired: it reaches the loss or (a log-prob of
+-inf, whose ratio is 0) `approx_kl_sum`, for the trainer to see.
+
+Statistics are detached sums and counts over real tokens (one maximum, named so), never means: sums add up over
 micro-batches and ranks.
 """
 

@@ -156,7 +156,7 @@ def _keep(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     probabilities = logits.double().softmax(-1)
     if not top_k and top_p >= 1.0:
         return probabilities
-    ordered, order = probabilities.sort(-1, descending=True, stable=True)
+    ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
     keep = torch.ones_like(ordered, dtype=torch.bool)
     if top_k:
         keep[:, top_k:] = False

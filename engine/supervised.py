@@ -9,23 +9,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from pydantic import NonNegativeInt, PositiveInt
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from engine import dist
 from engine.batch import length_mask
 from engine.config import OptimizerSettings, Section
+from engine.console import progress_bar
 from engine.hybrid_engine import Schedule
 from engine.scoring import last_token_scores
-
-logger = dist.get_logger(__name__)
 
 # A local sum over a batch's denominator: loss(model, examples, denominator).
 Loss = Callable[[nn.Module, Sequence, float], Tensor]
@@ -190,16 +186,6 @@ def batches_of_rows(count: int, settings: FitSettings) -> Iterator[list[int]]:
                 return
             yield order[start : start + settings.batch_sequences]
             step += 1
-
-
-@contextmanager
-def progress_bar(label: str, total: int) -> Iterator[Callable[[str], None]]:
-    """A bar with the time left, on rank 0's stderr; the function that it gives advances it and sets its note."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    columns += (TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
-    with Progress(*columns, console=Console(stderr=True), disable=dist.rank() != 0) as progress:
-        task = progress.add_task(label, total=total, note="")
-        yield lambda note: progress.update(task, advance=1, note=note)
 
 
 class _WithLoss(nn.Module):

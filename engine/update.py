@@ -57,9 +57,9 @@ def update(
     ]
     for index, rows in enumerate(minibatches):
         minibatch = _accumulate(engine, experience, rows, recipe, kl_coef, frozen)
-        if not math.isfinite(minibatch["joint_loss"]):
+        if not all(map(math.isfinite, minibatch.values())):
             raise FloatingPointError(
-                f"the loss is not finite in minibatch {index + 1} of iteration {iteration + 1}: {dict(minibatch)}; "
+                f"the loss or its statistics are not finite in minibatch {index + 1} of iteration {iteration + 1}: {dict(minibatch)}; "
                 "nothing was stepped. A lower learning rate, score clipping or float32 usually help"
             )
         if index == 0:
