@@ -56,9 +56,10 @@ class ScoreCombiner:
         if self.settings.normalize:
             for moments, column in zip(self.moments, raw.unbind(1), strict=True):
                 moments.add(column)
-            mean = torch.tensor([m.mean for m in self.moments])
-            std = torch.tensor([m.std for m in self.moments])
-            raw = (raw - mean) / (std + 1e-8)
+            mean = torch.tensor([m.mean for m in self.moments], dtype=torch.float64)
+            std = torch.tensor([m.std for m in self.moments], dtype=torch.float64)
+            # In float64 a constant source comes out 0, not its float32 rounding divided by 1e-8.
+            raw = ((raw.double() - mean) / (std + 1e-8)).float()
         scores = raw @ self.weights
         if self.settings.clip is not None:
             scores = scores.clamp(-self.settings.clip, self.settings.clip)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,19 +15,30 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from engine import dist
 
-CONSOLE = Console(stderr=True)
+CONSOLE = Console(stderr=True, width=None if sys.stderr.isatty() else 160)
 """The one console: bars and log lines share it, so that neither tears the other."""
 
 
 def set_up_logging() -> None:
     """The engine's log lines on rank 0; libraries speak of errors alone, unless ALTERNATOR_VERBOSE is set."""
-    handler = RichHandler(console=CONSOLE, show_level=False, show_path=False, omit_repeated_times=False)
+    handler = RichHandler(console=CONSOLE, show_time=False, show_level=False, show_path=False)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler], force=True)
     if os.environ.get("ALTERNATOR_VERBOSE"):
         return
     warnings.filterwarnings("ignore")
     for name in ("torch", "deepspeed", "DeepSpeed", "transformers", "datasets", "bitsandbytes", "peft", "httpx"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Import torch's and DeepSpeed's friends inside: what they announce while being imported is kept off the screen."""
+    if not os.environ.get("ALTERNATOR_VERBOSE"):
+        logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 @contextmanager

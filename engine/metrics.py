@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch.utils.tensorboard import SummaryWriter
 
 from engine import dist, ppo
-from engine.advantages import ScoreCombiner
 from engine.batch import Experience
-from engine.update import UpdateStats
+
+if TYPE_CHECKING:  # phases are above this module: it reads what they made and never runs them
+    from engine.advantages import ScoreCombiner
+    from engine.update import UpdateStats
 
 Metrics = dict[str, float]
 
@@ -71,7 +75,7 @@ def rollout_metrics(experience: Experience, combiner: ScoreCombiner, source_name
 
 
 def update_metrics(stats: UpdateStats) -> Metrics:
-    """What the update did: token sums over token counts."""
+    """What the update did: token sums over token counts. Without an optimizer step (KL stop), norms and rates are 0."""
     sums = stats.sums
     tokens = max(1, sums["policy/tokens"])
     found = {
@@ -87,10 +91,10 @@ def update_metrics(stats: UpdateStats) -> Metrics:
         "update/steps": stats.steps,
         "update/skipped_minibatches": stats.skipped,
     }
-    for role, rate in stats.learning_rates.items():
-        norms = stats.grad_norms[role]
-        found[f"grad_norm/{role}"] = sum(norms) / len(norms)
-        found[f"lr/{role}"] = rate
+    for role in ("actor", "critic"):
+        norms = stats.grad_norms.get(role, [])
+        found[f"grad_norm/{role}"] = sum(norms) / max(1, len(norms))
+        found[f"lr/{role}"] = stats.learning_rates.get(role, 0.0)
     return found
 
 
@@ -108,7 +112,14 @@ class MetricSinks:
         self.writer = SummaryWriter(str(folder / "tensorboard")) if dist.rank() == 0 else None
 
     def write(self, iteration: int, metrics: Metrics) -> None:
-        """Append one iteration; `iteration` counts from 1."""
+        """Append one iteration; `iteration` counts from 1.
+
+        Raises:
+            FloatingPointError: a metric is not finite; on every rank, since every rank holds the same sums.
+        """
+        wrong = {name: value for name, value in metrics.items() if not math.isfinite(value)}
+        if wrong:
+            raise FloatingPointError(f"metrics of iteration {iteration} are not finite: {wrong}")
         if self.writer is None:
             return
         append_jsonl(self.folder / "metrics.jsonl", [{"iteration": iteration, **metrics}])

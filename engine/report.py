@@ -33,9 +33,10 @@ def before_after(before: Look, after: Look) -> str:
         samples.add_row(
             after.prompts[row], *(f"{look.responses[row]} [{look.scores[row]:+.2f}]" for look in (before, after))
         )
-    page = Console(file=io.StringIO(), width=140)
+    # What a policy writes is no markup: [bold] and :smile: stay as they are.
+    page = Console(file=io.StringIO(), width=140, markup=False, emoji=False, highlight=False)
     for table in (numbers, samples):
-        page.print(table, markup=False)
+        page.print(table)
     return page.file.getvalue()
 
 

@@ -91,9 +91,10 @@ SLOTS = {
 ONE_CHARACTER = "Once there was a {kind} named {name}. {name} lived {place}."
 TWO_CHARACTERS = "Once there was a {kind} named {name} and a {friend_kind} named {friend}. They lived {place}."
 FIRST_EVENT = "{time} {name} {deed} a {adjective} {thing} {place}."
+FIRST_EVENT_TOGETHER = "{time} {name} and {friend} {deed} a {adjective} {thing} {place}."
 TURN_EVENT = "Then {name} {turn} the {thing} {manner}."
 ENDING_ALONE = "{close} {name} {ending}."
-ENDING_TOGETHER = "{close} {name} and {friend} {ending}."
+ENDING_TOGETHER = "{close} they {ending}."
 
 # How often the turn already has the mood of the ending. Below 1, so that the ending alone decides what is happy.
 TURN_FORETELLS = 0.8
@@ -120,16 +121,17 @@ class Opening:
 class Plot:
     """What happens to them, and how it ends."""
 
-    first: dict[str, str]  # slots of FIRST_EVENT
+    first: dict[str, str]  # slots of FIRST_EVENT_TOGETHER where there is a friend, else of FIRST_EVENT
     turn: dict[str, str] | None  # slots of TURN_EVENT, which may be missing
-    ending: dict[str, str]  # slots of ENDING_TOGETHER where there is a friend, else of ENDING_ALONE
+    ending: dict[str, str]  # slots of ENDING_ALONE where there is a name, else of ENDING_TOGETHER
 
     @property
     def sentences(self) -> tuple[str, ...]:
         """Two or three sentences."""
+        first = FIRST_EVENT_TOGETHER if "friend" in self.first else FIRST_EVENT
+        ending = ENDING_ALONE if "name" in self.ending else ENDING_TOGETHER
         turn = () if self.turn is None else (TURN_EVENT.format(**self.turn),)
-        template = ENDING_TOGETHER if "friend" in self.ending else ENDING_ALONE
-        return (FIRST_EVENT.format(**self.first), *turn, template.format(**self.ending))
+        return (first.format(**self.first), *turn, ending.format(**self.ending))
 
     @property
     def text(self) -> str:
@@ -156,20 +158,18 @@ def draw_plot(opening: Opening, random: Random, happy: bool | None = None) -> Pl
         happy: how it ends; None: a fair coin.
     """
     happy = random.random() < 0.5 if happy is None else happy
-    thing = random.choice(THINGS)
-    lead, friend = random.sample(opening.names, 2) if len(opening.names) == 2 else (opening.names[0], None)
+    thing, lead, friend = random.choice(THINGS), opening.names[0], opening.names[-1]
+    turns, alone = random.random() < 0.7, len(opening.names) == 1
+    together = not alone and (not turns or random.random() < 0.3)
     first = {slot: random.choice(SLOTS[slot]) for slot in ("time", "deed", "adjective", "place")}
-    first |= {"name": lead, "thing": thing}
-    turn, ending_names = None, [(friend or lead,)]
-    if random.random() < 0.7:
+    first |= {"thing": thing, "name": lead} | ({"friend": friend} if together else {})
+    turn = None
+    if turns:
         good = happy if random.random() < TURN_FORETELLS else not happy
         turn = {"turn": random.choice(GOOD_TURNS if good else BAD_TURNS), "manner": random.choice(MANNERS)}
-        turn |= {"name": friend or lead, "thing": thing}
-        ending_names.append((lead,))
-    if friend:
-        ending_names.append((lead, friend))
+        turn |= {"thing": thing, "name": random.choice(opening.names) if together else friend}
     ending = {"close": random.choice(CLOSES), "ending": random.choice(HAPPY_ENDINGS if happy else SAD_ENDINGS)}
-    return Plot(first, turn, ending | dict(zip(("name", "friend"), random.choice(ending_names), strict=False)))
+    return Plot(first, turn, ending | ({"name": lead} if alone else {}))
 
 
 def normalize(text: str) -> str:
@@ -179,7 +179,8 @@ def normalize(text: str) -> str:
 
 def vocabulary() -> list[str]:
     """Every word that a story can hold, sorted."""
-    templates = (ONE_CHARACTER, TWO_CHARACTERS, FIRST_EVENT, TURN_EVENT, ENDING_ALONE, ENDING_TOGETHER)
+    templates = (ONE_CHARACTER, TWO_CHARACTERS, FIRST_EVENT, FIRST_EVENT_TOGETHER, TURN_EVENT)
+    templates += (ENDING_ALONE, ENDING_TOGETHER)
     fixed = " ".join(re.sub(r"\{\w+\}", " ", template) for template in templates)
     return sorted(set(normalize(" ".join([fixed, *(word for words in SLOTS.values() for word in words)])).split()))
 
@@ -187,7 +188,7 @@ def vocabulary() -> list[str]:
 def _reader(template: str) -> re.Pattern:
     """The pattern of a sentence; a slot that comes twice must hold the same words."""
     pattern, seen = "", set()
-    for literal, slot in re.findall(r"([^{]*)(?:\{(\w+)\})?", normalize_template(template)):
+    for literal, slot in re.findall(r"([^{]*)(?:\{(\w+)\})?", template.replace(".", " .")):
         pattern += re.escape(literal)
         if slot:
             pattern += f"(?P={slot})" if slot in seen else f"(?P<{slot}>{'|'.join(map(re.escape, SLOTS[slot]))})"
@@ -195,14 +196,10 @@ def _reader(template: str) -> re.Pattern:
     return re.compile(pattern)
 
 
-def normalize_template(template: str) -> str:
-    """`normalize` for a template: its punctuation stands alone, its slots stay whole."""
-    return template.replace(".", " .")
-
-
-_OPENINGS = (_reader(ONE_CHARACTER), _reader(TWO_CHARACTERS))
-_FIRST, _TURN = _reader(FIRST_EVENT), _reader(TURN_EVENT)
-_ENDINGS = (_reader(ENDING_ALONE), _reader(ENDING_TOGETHER))
+_OPENINGS = tuple(map(_reader, (ONE_CHARACTER, TWO_CHARACTERS)))
+_FIRST_EVENTS = tuple(map(_reader, (FIRST_EVENT, FIRST_EVENT_TOGETHER)))
+_TURN_EVENTS = (_reader(TURN_EVENT),)
+_ENDINGS = tuple(map(_reader, (ENDING_ALONE, ENDING_TOGETHER)))
 
 
 @dataclass(frozen=True)
@@ -240,22 +237,30 @@ def parse(text: str) -> Verdict:
 def _read_story(sentences: list[str]) -> tuple[Opening, Plot] | None:
     if len(sentences) not in (4, 5):
         return None
-    opening = next((m for m in (p.fullmatch(" ".join(sentences[:2])) for p in _OPENINGS) if m), None)
-    first = _FIRST.fullmatch(sentences[2])
-    turn = _TURN.fullmatch(sentences[3]) if len(sentences) == 5 else None
-    ending = next((m for m in (p.fullmatch(sentences[-1]) for p in _ENDINGS) if m), None)
-    if not (opening and first and ending) or (len(sentences) == 5 and not turn):
+    slots = _read(_OPENINGS, " ".join(sentences[:2]))
+    first, ending = _read(_FIRST_EVENTS, sentences[2]), _read(_ENDINGS, sentences[-1])
+    turn = _read(_TURN_EVENTS, sentences[3]) if len(sentences) == 5 else None
+    if not (slots and first and ending) or (len(sentences) == 5 and not turn):
         return None
-    opening, plot = _opening(opening), Plot(first.groupdict(), turn and turn.groupdict(), ending.groupdict())
-    same_thing = turn is None or plot.turn["thing"] == plot.first["thing"]
-    two_people = len(set(opening.names)) == len(opening.names) and plot.ending["name"] != plot.ending.get("friend")
-    return (opening, plot) if same_thing and two_people else None
+    alone = "friend" not in slots
+    names, kinds = (slots["name"],), (slots["kind"],)
+    opening = Opening(
+        names if alone else (*names, slots["friend"]),
+        kinds if alone else (*kinds, slots["friend_kind"]),
+        slots["place"],
+    )
+    agrees = (
+        (alone or opening.names[0] != opening.names[1])
+        and first["name"] != first.get("friend")
+        and (turn is None or turn["thing"] == first["thing"])
+        and alone == ("name" in ending)  # "they" are two
+    )
+    return (opening, Plot(first, turn, ending)) if agrees else None
 
 
-def _opening(match: re.Match) -> Opening:
-    slots = match.groupdict()
-    names, kinds = (slots["name"], slots.get("friend")), (slots["kind"], slots.get("friend_kind"))
-    return Opening(tuple(filter(None, names)), tuple(filter(None, kinds)), slots["place"])
+def _read(patterns: tuple[re.Pattern, ...], text: str) -> dict[str, str] | None:
+    """The slots of the first pattern that is all of `text`."""
+    return next((match.groupdict() for pattern in patterns if (match := pattern.fullmatch(text))), None)
 
 
 def judge(prompts: Sequence[str], responses: Sequence[str]) -> dict[str, float]:

@@ -12,7 +12,7 @@ from engine.batch import Experience, Prompts, map_rows
 from engine.checkpoint import export_final
 from engine.checks import check_files
 from engine.config import Recipe
-from engine.console import progress_bar, set_up_logging
+from engine.console import progress_bar
 from engine.evaluation import evaluate
 from engine.heldout import HeldOut, Look
 from engine.hybrid_engine import HybridEngine
@@ -44,7 +44,6 @@ def train(recipe: Recipe) -> Path:
         RecipeError: the recipe can't be run as it is (before any model loads).
         FloatingPointError: the loss or a gradient stopped being finite.
     """
-    set_up_logging()
     check_files(recipe, built=not recipe.toyworld)
     zero.start()
     if recipe.toyworld:

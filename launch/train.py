@@ -12,8 +12,11 @@ def main() -> None:
     with readable_errors():
         recipe = parse(sys.argv[1:])
         # Here and not above: torch and DeepSpeed take seconds to import, a bad recipe and --help answer at once.
-        from engine.trainer import train
+        from engine.console import quiet_imports, set_up_logging
 
+        set_up_logging()
+        with quiet_imports():
+            from engine.trainer import train
         train(recipe)
 
 
