@@ -57,6 +57,7 @@ logger = dist.get_logger(__name__)
 
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 MANIFEST = "manifest.json"
+CORRUPTIONS = ("drop", "repeat", "swap", "stranger", "forgotten", "thing", "cut", "early", "late", "endless", "noise")
 # Part of the cache's key: raise it when the stories or the recipes of this file change.
 VERSION = 1
 
@@ -270,28 +271,25 @@ def preferences(
     return [Preference(p + c, p + r) for p, c, r in zip(*encoded, strict=True)]
 
 
-def corrupt(opening: Opening, plot: Plot, random: Random) -> str:
-    """A response that is no sound story of `opening`, with its end token where it has one."""
+def corrupt(opening: Opening, plot: Plot, random: Random, kind: str | None = None) -> str:
+    """A response that is no sound story of `opening`, with its end token where it has one.
+
+    Args:
+        kind: one of CORRUPTIONS; None: any.
+    """
+    kind = kind or random.choice(CORRUPTIONS)
     words, sentences = normalize(plot.text).split(), list(plot.sentences)
-    place = random.randrange(len(words) - 1)
-    others = [name for name in NAMES if name not in opening.names]
-    kind = random.choice(
-        ("drop", "repeat", "swap", "stranger", "forgotten", "thing", "cut", "early", "late", "endless", "noise")
-    )
-    if kind == "drop":
-        del words[place]
-    elif kind == "repeat":
-        words.insert(place, words[place])
-    elif kind == "swap":
-        words[place : place + 2] = reversed(words[place : place + 2])
+    if kind in ("drop", "repeat", "swap"):
+        for _ in range(random.choice((1, 3, 5))):
+            _misplace(words, kind, random)
     elif kind == "forgotten" and len(opening.names) == 2:
-        alone = Opening((random.choice(opening.names),), opening.kinds[:1], opening.place)
-        words = [draw_plot(alone, random).text]
+        name = random.choice(opening.names)
+        words = [name if word in opening.names else word for word in words]
     elif kind == "thing" and plot.turn:
         other = random.choice([thing for thing in THINGS if thing != plot.turn["thing"]])
         words = [Plot(plot.first, plot.turn | {"thing": other}, plot.ending).text]
     elif kind == "cut":
-        return " ".join(words[: place + 1] + [END] * random.randrange(2))
+        return " ".join(words[: random.randrange(len(words))] + [END] * random.randrange(2))
     elif kind == "early":
         words = sentences[:-1]
     elif kind == "late":
@@ -301,9 +299,21 @@ def corrupt(opening: Opening, plot: Plot, random: Random) -> str:
     elif kind == "noise":
         words = random.choices(vocabulary(), k=len(words))
     else:  # a stranger, also where a story has nothing of the other two kinds
-        where = random.choice([index for index, word in enumerate(words) if word in NAMES])
-        words[where] = random.choice(others)
+        gone = random.choice([name for name in opening.names if name in words])
+        stranger = random.choice([name for name in NAMES if name not in opening.names])
+        words = [stranger if word == gone else word for word in words]
     return " ".join([*words, END])
+
+
+def _misplace(words: list[str], kind: str, random: Random) -> None:
+    """Drop or repeat a word, or swap it with the next one, in place. An odd number of them leaves no text as it was."""
+    place = random.randrange(len(words) - 1)
+    if kind == "drop":
+        del words[place]
+    elif kind == "repeat":
+        words.insert(place, words[place])
+    else:
+        words[place : place + 2] = reversed(words[place : place + 2])
 
 
 def _model_config(tokenizer: PreTrainedTokenizerFast, settings: ToyWorldSettings, **extra) -> LlamaConfig:

@@ -57,7 +57,11 @@ def save_recipe(folder: Path, **sections) -> Path:
         "output": str(folder / "run"),
         "model": {"path": str(save_policy(folder / "policy"))},
         "rewards": [{"model": str(save_reward_model(folder / "reward"))}],
-        "data": {"dataset": str(save_prompts(folder / "prompts.jsonl")), "max_prompt_tokens": 8, "prompts_per_iteration": 5},
+        "data": {
+            "dataset": str(save_prompts(folder / "prompts.jsonl")),
+            "max_prompt_tokens": 8,
+            "prompts_per_iteration": 5,
+        },
         "ppo": {"minibatch_sequences": 3, "micro_batch_sequences": 2},
         "generation": {"max_new_tokens": 6},
         **sections,

@@ -65,9 +65,7 @@ def test_the_score_chain_by_hand():
     """Normalise, weigh, clip, penalise, scale: each step decides at least one of the four rows."""
     combiner = ScoreCombiner(two_sources(normalize=True, clip=2.0, missing_eos_penalty=0.5, scale=-1.0))
     ended = [True, True, False, False]
-    found = combiner.combine(
-        rollout([1] * 4, ended), evaluation([[0.0, 10.0], [2.0, 10.0], [0.0, 30.0], [2.0, 30.0]])
-    )
+    found = combiner.combine(rollout([1] * 4, ended), evaluation([[0.0, 10.0], [2.0, 10.0], [0.0, 30.0], [2.0, 30.0]]))
     # a: mean 1, deviation 1 -> -1 1 -1 1.  b: mean 20, deviation 10 -> -1 -1 1 1.
     # a + 2 b: -3 -1 1 3.  clip at 2: -2 -1 1 2.  minus 0.5 for the last two: -2 -1 0.5 1.5.  times -1.
     assert found.tolist() == pytest.approx([2.0, 1.0, -0.5, -1.5], abs=1e-6)

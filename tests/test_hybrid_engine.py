@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine import dist, zero
+from engine import zero
 from engine.roles import ACTOR, CRITIC
 from engine.update import update
 from tests import tiny

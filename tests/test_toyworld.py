@@ -1,6 +1,7 @@
-"""The toy world: what is written is read back, what is broken is rejected, and the build is cached, whole and seeded."""
+"""The toy world: what is written is read back, what is broken is rejected; a build is cached, whole and seeded."""
 
 import json
+from math import log
 from random import Random
 
 import pytest
@@ -18,7 +19,9 @@ ONE = "Once there was a fox named Mia. Mia lived by the river."
 TWO = "Once there was a fox named Mia and a bear named Tom. They lived on the hill."
 HAPPY = "One day Mia found a red key by the river. Then Mia lost the key all alone. At last Mia danced with joy."
 SAD = "In spring Mia and Tom built a blue kite near the castle. In the end they cried with grief."
-BOTH = "In spring Mia built a blue kite near the castle. Then Tom shared the kite after a while. At last they wept and wept."
+BOTH = (
+    "In spring Mia built a blue kite near the castle. Then Tom shared the kite all alone. At last they wept and wept."
+)
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +123,7 @@ def test_corruptions_are_never_sound(drawn):
 
 
 def test_judge_by_hand():
-    """Words: HAPPY 9 + 1 + 7 + 1 + 6 + 1 = 25, SAD 11 + 1 + 7 + 1 = 20, `Zoe danced .` 3."""
+    """Words and full stops: HAPPY 10 + 1 + 7 + 1 + 6 + 1 = 26, SAD 12 + 1 + 7 + 1 = 21, `Zoe danced .` 3."""
     prompts = [ONE, TWO, ONE, TWO]
     responses = [HAPPY, SAD, "Zoe danced.", SAD]
     assert judge(prompts, responses) == {
@@ -128,7 +131,7 @@ def test_judge_by_hand():
         "grammatical_fraction": 3 / 4,
         "distinct_stories": 3.0,
         "characters_kept_fraction": 3 / 4,
-        "mean_words": (25 + 20 + 3 + 20) / 4,
+        "mean_words": (26 + 21 + 3 + 21) / 4,
     }
 
 
@@ -385,8 +388,18 @@ def test_the_policy_is_near_the_entropy_of_the_grammar(full_world):
     tokenizer = AutoTokenizer.from_pretrained(full_world / "policy")
     policy = AutoModelForCausalLM.from_pretrained(full_world / "policy")
     random = Random("entropy")
-    told = [(opening, draw_plot(opening, random)) for opening in (draw_opening(random) for _ in range(400))]
+    told = [(opening, draw_plot(opening, random)) for opening in (draw_opening(random) for _ in range(1000))]
     examples = toyworld.demonstrations(tokenizer, told)
     with torch.no_grad():
         per_story = sft_loss(policy, examples, len(examples)).item()
-    assert per_story == pytest.approx(17.95, abs=0.7)
+
+    def coin(p):
+        return -p * log(p) - (1 - p) * log(1 - p)
+
+    # time, deed, adjective, thing, place; mood, close and one of 8 endings; whether it turns; its mood, verb, manner
+    entropy = log(6) + log(6) + log(8) + log(12) + log(10) + log(2) + log(4) + log(8)
+    entropy += coin(0.7) + 0.7 * (coin(0.8) + log(4) + log(5))
+    # of two characters: whether they act together, which is sure without a turn, and who of them turns it then
+    entropy += 2 / 3 * 0.7 * (coin(0.3) + 0.3 * log(2))
+    assert entropy == pytest.approx(18.05, abs=0.01)
+    assert entropy - 0.3 < per_story < entropy + 0.5  # 0.3: three standard errors of the mean over 1000 stories
