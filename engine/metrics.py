@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import resource
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -100,8 +101,9 @@ def update_metrics(stats: UpdateStats) -> Metrics:
 
 def memory_metrics() -> Metrics:
     """The largest resident memory of any rank so far."""
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"memory/rss_peak_bytes": max(dist.all_gather_objects(kilobytes * 1024))}
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage: kilobytes, but bytes on macOS
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"memory/rss_peak_bytes": max(dist.all_gather_objects(peak))}
 
 
 class MetricSinks:

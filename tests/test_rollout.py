@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from engine.batch import Prompts
 from engine.config import GenerationConfig
@@ -62,9 +63,16 @@ def naive(module, prompts: Prompts, row: int, settings: GenerationConfig, seed: 
     return response, logprobs, min(margins, default=1.0)
 
 
-@pytest.fixture(scope="module")
-def module():
-    return tiny.llama().eval()
+@pytest.fixture(scope="module", params=["rotary", "absolute"])
+def module(request):
+    """Rotary positions forgive a common shift; GPT-2's absolute ones don't."""
+    if request.param == "rotary":
+        return tiny.llama().eval()
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=tiny.VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2
+    )
+    return GPT2LMHeadModel(config).eval()
 
 
 @pytest.mark.parametrize(

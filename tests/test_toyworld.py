@@ -109,10 +109,11 @@ def test_other_text_is_no_story(text):
     assert verdict.characters == {name for name in ("Mia", "Tom") if name in text.split() or f"{name}." in text.split()}
 
 
-def test_corruptions_are_never_sound(drawn):
+@pytest.mark.parametrize("kind", toyworld.CORRUPTIONS + toyworld.UNLEARNED_CORRUPTIONS)
+def test_corruptions_are_never_sound(drawn, kind):
     random = Random(1)
-    for opening, plot in drawn:
-        response = corrupt(opening, plot, random)
+    for opening, plot in drawn[:2000]:
+        response = corrupt(opening, plot, random, kind)
         ended = response.endswith("</s>")
         text = response.removesuffix("</s>")
         kept = characters(text) == set(opening.names)

@@ -19,8 +19,8 @@ TERMS = {
     "k3": {"kl": {"placement": "loss", "estimator": "k3"}},
     "full": {"kl": {"placement": "loss", "estimator": "full"}},
     "dual_clip": {"ppo": {"dual_clip": 1.5}},
-    "entropy": {"ppo": {"entropy_coef": 0.5}},
-    "all": {"kl": {"placement": "loss", "estimator": "k2"}, "ppo": {"dual_clip": 1.5, "entropy_coef": 0.5}},
+    "entropy": {"ppo": {"entropy_coef": 5.0}},
+    "all": {"kl": {"placement": "loss", "estimator": "k2"}, "ppo": {"dual_clip": 1.5, "entropy_coef": 5.0}},
     "cold_full": {"kl": {"placement": "loss", "estimator": "full"}, "generation": {"temperature": 0.6}},
 }
 
