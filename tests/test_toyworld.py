@@ -356,7 +356,7 @@ def test_the_base_policy_tells_balanced_sound_stories(full_world):
     prompts = [json.loads(line)["prompt"] for line in (full_world / "heldout.jsonl").read_text().splitlines()]
     verdict = judge(prompts, respond(full_world, prompts))
     assert 0.40 <= verdict["happy_fraction"] <= 0.58
-    assert verdict["grammatical_fraction"] >= 0.95 and verdict["characters_kept_fraction"] >= 0.95
+    assert verdict["grammatical_fraction"] >= 0.95 and verdict["characters_kept_fraction"] >= 0.97
     assert verdict["distinct_stories"] >= 0.95 * len(prompts)
 
 
