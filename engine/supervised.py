@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
-from engine import dist
+from engine import dist, zero
 from engine.batch import length_mask
 from engine.config import OptimizerSettings, Section
 from engine.console import progress_bar
+from engine.ds_config import read_ds_config, resolve_ds_config
 from engine.hybrid_engine import Schedule
 from engine.scoring import last_token_scores
 
@@ -42,6 +43,8 @@ class FitSettings(Section):
     """Most examples in one forward of one rank; changes speed and memory, never the result."""
     seed: NonNegativeInt = 0
     """Seed of the order of the examples."""
+    ds_config: str = "ds_configs/zero2.json"
+    """DeepSpeed JSON, stages 0 to 2."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ def fit(model: nn.Module, examples: Sequence, loss: Loss, settings: FitSettings,
     started = time.monotonic()
     batches = list(batches_of_rows(len(examples), settings))
     schedule = Schedule(settings.optimizer, len(batches))
-    engine = _make_engine(_WithLoss(model, loss), settings.optimizer)
+    engine = _make_engine(_WithLoss(model, loss), settings)
     losses = []
     with progress_bar(label, len(batches)) as advance:
         for step, rows in enumerate(batches):
@@ -146,7 +149,7 @@ def fit(model: nn.Module, examples: Sequence, loss: Loss, settings: FitSettings,
     return FitReport(len(losses), tuple(losses), time.monotonic() - started)
 
 
-def _accumulate(engine: _PlainEngine, batch: list, micro_batch_sequences: int) -> float:
+def _accumulate(engine: zero.TrainedEngine, batch: list, micro_batch_sequences: int) -> float:
     """Forward and backward of one batch, shared by all ranks; returns its mean loss."""
     world = dist.world_size()
     # The engine averages gradients over ranks, so a mean over the whole batch needs the world size back.
@@ -200,57 +203,23 @@ class _WithLoss(nn.Module):
         return self.loss(self.model, examples, denominator)
 
 
-class _PlainEngine:
-    """AdamW with gradients averaged over ranks: `zero.TrainedEngine` in small, for models that fit anywhere."""
-
-    def __init__(self, module: nn.Module, settings: OptimizerSettings):
-        self.module = module
-        self.clip = settings.gradient_clipping
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=0.0,
-            betas=(settings.beta1, settings.beta2),
-            eps=settings.epsilon,
-            weight_decay=settings.weight_decay,
-        )
-
-    def __call__(self, *args) -> Tensor:
-        return self.module(*args)
-
-    def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradients of a micro-batch; `last` averages them over ranks."""
-        loss.backward()
-        if last:
-            for parameter in self.parameters:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-            flat = dist.all_reduce(torch.cat([p.grad.flatten() for p in self.parameters])) / dist.world_size()
-            for parameter, gradient in zip(
-                self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True
-            ):
-                parameter.grad = gradient.view_as(parameter)
-
-    def step(self, learning_rates: dict[str, float]) -> dict[str, float]:
-        """Clip, take the optimizer step, forget the gradients; returns their norm before clipping."""
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip or math.inf).item()
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"a gradient is not finite: its norm is {norm}")
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rates[_ROLE]
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return {_ROLE: norm}
-
-    def close(self) -> None:
-        """Nothing to give back."""
-
-
 _ROLE = "model"
 
 
-def _make_engine(module: nn.Module, settings: OptimizerSettings) -> _PlainEngine:
-    return _PlainEngine(module, settings)
+def _make_engine(module: nn.Module, settings: FitSettings) -> zero.TrainedEngine:
+    """The module under DeepSpeed, all that trains in one group."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    config = resolve_ds_config(
+        read_ds_config(settings.ds_config),
+        dtype=str(parameters[0].dtype).removeprefix("torch."),
+        world_size=dist.world_size(),
+        micro_batch=settings.micro_batch_sequences,
+        trainable_parameters=sum(p.numel() for p in parameters),
+    )
+    if config["zero_optimization"]["stage"] == 3:
+        # The caller gets its model back whole, to save or to go on with.
+        raise ValueError(f"supervised training runs at ZeRO stages 0 to 2, got {settings.ds_config} at stage 3")
+    return zero.TrainedEngine(module, [zero.ParameterGroup(_ROLE, parameters, settings.optimizer)], config)
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -28,3 +28,11 @@ def single():
     workers = Pool(world_size=1)
     yield workers
     workers.close()
+
+
+@pytest.fixture(scope="session")
+def alone():
+    """A process group of one in this process, for what trains under DeepSpeed here."""
+    from engine import zero
+
+    zero.start()

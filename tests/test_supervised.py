@@ -20,6 +20,8 @@ from engine.supervised import (
     sft_loss,
 )
 
+pytestmark = pytest.mark.usefixtures("alone")
+
 SIZES = dict(
     vocab_size=13,
     hidden_size=16,

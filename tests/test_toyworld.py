@@ -15,6 +15,8 @@ from engine.stories import Opening, Plot, characters, draw_opening, draw_plot, j
 from engine.supervised import FitSettings, pad_right, sft_loss
 from engine.toyworld import ToyWorldSettings, build_tokenizer, corrupt, draw_prompts, prepare
 
+pytestmark = pytest.mark.usefixtures("alone")
+
 ONE = "Once there was a fox named Mia. Mia lived by the river."
 TWO = "Once there was a fox named Mia and a bear named Tom. They lived on the hill."
 HAPPY = "One day Mia found a red key by the river. Then Mia lost the key all alone. At last Mia danced with joy."
