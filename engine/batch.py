@@ -6,7 +6,8 @@ Prompts are padded on the left and responses on the right, so that prompt + resp
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections import Counter
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -30,8 +31,8 @@ class Prompts:
 
     def __post_init__(self):
         rows = self.prompt_ids.shape[0]
-        for field in fields(self):
-            assert len(getattr(self, field.name)) == rows, f"{field.name} has other rows than prompt_ids"
+        for name, value in vars(self).items():
+            assert len(value) == rows, f"{name} has other rows than prompt_ids"
 
     @property
     def prompt_mask(self) -> Tensor:
@@ -58,7 +59,7 @@ class Rollout:
     def __post_init__(self):
         rows, responses = self.response_ids.shape
         assert self.prompt_ids.shape[0] == rows and self.sampler_logprobs.shape == (rows, responses)
-        assert all(len(getattr(self, f.name)) == rows for f in fields(self))
+        assert all(len(value) == rows for value in vars(self).values())
         assert rows == 0 or int(self.response_lengths.min()) >= 1, "an empty response"
 
     @property
@@ -93,7 +94,8 @@ class Evaluation:
     source_scores: Tensor  # [B, S] float32, raw, one column per reward source
 
     def __post_init__(self):
-        assert self.old_logprobs.shape == self.ref_logprobs.shape == self.kl.shape == self.old_values.shape
+        per_token = (self.old_logprobs, self.ref_logprobs, self.kl, self.old_values, self.entropy)
+        assert len({x.shape for x in per_token}) == 1 and len(self.source_scores) == len(self.kl)
 
 
 @dataclass(frozen=True)
@@ -108,15 +110,33 @@ class Experience:
     returns: Tensor  # [B, R] float32, raw advantages + old_values
 
     def __post_init__(self):
-        assert self.rewards.shape == self.advantages.shape == self.returns.shape == self.rollout.response_ids.shape
+        per_token = (self.rewards, self.advantages, self.returns, self.evaluation.kl, self.rollout.response_ids)
+        assert len({x.shape for x in per_token}) == 1 and self.scores.shape == (len(self.rollout),)
+
+
+@dataclass
+class UpdateStats:
+    """Sums and counts over all real tokens that the iteration's update saw, on all ranks: never means."""
+
+    sums: Counter = field(default_factory=Counter)
+    """policy/..., value/... and kl_loss/... sums of `ppo`'s stats, entropy_sum."""
+    first_ratio_deviation: float = 0.0
+    """Largest |ratio - 1| over the first minibatch: 0 but for rounding, or sampler and trainer disagree."""
+    grad_norms: dict[str, list[float]] = field(default_factory=dict)
+    """By role, one per optimizer step, before clipping."""
+    learning_rates: dict[str, float] = field(default_factory=dict)
+    """By role, at the last optimizer step."""
+    steps: int = 0
+    """Optimizer steps taken."""
+    skipped: int = 0
+    """Minibatches that the KL stop passed over."""
 
 
 def map_rows(record, function):
     """A record of the same type with `function` applied to each of its tensors, nested records included."""
     changed = {}
-    for field in fields(record):
-        value = getattr(record, field.name)
-        changed[field.name] = function(value) if isinstance(value, Tensor) else map_rows(value, function)
+    for name, value in vars(record).items():
+        changed[name] = function(value) if isinstance(value, Tensor) else map_rows(value, function)
     return type(record)(**changed)
 
 

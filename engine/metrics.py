@@ -10,16 +10,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from engine import dist, ppo
-from engine.batch import Experience
-
-if TYPE_CHECKING:  # phases are above this module: it reads what they made and never runs them
-    from engine.advantages import ScoreCombiner
-    from engine.update import UpdateStats
+from engine.batch import Experience, UpdateStats
 
 Metrics = dict[str, float]
 
@@ -45,15 +41,14 @@ class PhaseClock:
         return found | {f"cpu/{name}_seconds": seconds for name, seconds in self.cpu.items()}
 
 
-def rollout_metrics(experience: Experience, combiner: ScoreCombiner, source_names: list[str]) -> Metrics:
+def rollout_metrics(experience: Experience, raw_scores: Tensor, source_names: list[str]) -> Metrics:
     """What was sampled and how it was judged. `experience` holds the rows of all ranks."""
     rollout, evaluation = experience.rollout, experience.evaluation
     mask = rollout.response_mask
-    raw = combiner.raw(evaluation)
     tokens = mask.sum().item()
     found = {
-        "score/mean": raw.mean().item(),
-        "score/std": raw.std(correction=0).item(),
+        "score/mean": raw_scores.mean().item(),
+        "score/std": raw_scores.std(correction=0).item(),
         "score/used_mean": experience.scores.mean().item(),
         "kl/token_mean": ppo.masked_mean(evaluation.kl, mask).item(),
         "kl/sequence_mean": evaluation.kl.sum(1).mean().item(),

@@ -31,7 +31,8 @@ class RunFolder:
         problem = None
         if dist.rank() == 0:
             try:
-                folder.path.mkdir(parents=True, exist_ok=True)
+                # A name of our own making is new; one that was asked for is known to hold no run.
+                folder.path.mkdir(parents=True, exist_ok=recipe.output is not None)
                 save_recipe(recipe, folder.path / "recipe.yaml")
                 (folder.path / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n")
             except OSError as error:

@@ -111,7 +111,7 @@ class Trainer:
             frozen = frozenset({ACTOR}) if iteration < recipe.critic.warmup_iterations else frozenset()
             stats = update(self.engine, experience, recipe, iteration, self.kl.kl_coef, frozen)
         metrics = {
-            **rollout_metrics(experience, self.combiner, [source.name for source in self.sources]),
+            **rollout_metrics(experience, self.combiner.raw(evaluation), [source.name for source in self.sources]),
             **update_metrics(stats),
             **clock.metrics(),
             **memory_metrics(),

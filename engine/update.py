@@ -4,35 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from engine import dist, ppo
-from engine.batch import Experience
+from engine.batch import Experience, UpdateStats
 from engine.config import Recipe
 from engine.hybrid_engine import HybridEngine
 from engine.minibatches import micro_batches, minibatch_rows, rows_of_rank
 from engine.roles import ACTOR
-
-
-@dataclass
-class UpdateStats:
-    """Sums and counts over all real tokens that the iteration's update saw, on all ranks: never means."""
-
-    sums: Counter = field(default_factory=Counter)
-    """policy/..., value/... and kl_loss/... sums of `ppo`'s stats, entropy_sum."""
-    first_ratio_deviation: float = 0.0
-    """Largest |ratio - 1| over the first minibatch: 0 but for rounding, or sampler and trainer disagree."""
-    grad_norms: dict[str, list[float]] = field(default_factory=dict)
-    """By role, one per optimizer step, before clipping."""
-    learning_rates: dict[str, float] = field(default_factory=dict)
-    """By role, at the last optimizer step."""
-    steps: int = 0
-    """Optimizer steps taken."""
-    skipped: int = 0
-    """Minibatches that the KL stop passed over."""
 
 
 def update(
@@ -59,7 +40,8 @@ def update(
         minibatch = _accumulate(engine, experience, rows, recipe, kl_coef, frozen)
         if not all(map(math.isfinite, minibatch.values())):
             raise FloatingPointError(
-                f"the loss or its statistics are not finite in minibatch {index + 1} of iteration {iteration + 1}: {dict(minibatch)}; "
+                f"the loss or its statistics are not finite in minibatch {index + 1} of iteration {iteration + 1}: "
+                f"{dict(minibatch)}; "
                 "nothing was stepped. A lower learning rate, score clipping or float32 usually help"
             )
         if index == 0:

@@ -6,8 +6,10 @@ A test hands `Pool.run` a module-level function; both ranks import and call it, 
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
 
@@ -80,18 +82,25 @@ class Pool:
         return self._collect()
 
     def _collect(self) -> list:
-        replies = []
-        for rank, connection in enumerate(self.connections):
-            if not connection.poll(TIMEOUT_SECONDS if not any(r[0] == "error" for r in replies) else 10):
+        replies: dict[int, tuple] = {}
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while len(replies) < self.world_size:
+            waiting = [c for rank, c in enumerate(self.connections) if rank not in replies]
+            for connection in multiprocessing.connection.wait(waiting, timeout=1):
+                replies[self.connections.index(connection)] = connection.recv()
+            if any(status == "error" for status, _ in replies.values()):
+                # The others may wait for the failed rank in a collective: give them a moment, not minutes.
+                deadline = min(deadline, time.monotonic() + 10)
+            if time.monotonic() > deadline:
                 self.close()
                 self._start()
-                failed = [r for r in replies if r[0] == "error"]
-                raise TimeoutError(f"rank {rank} hung; other ranks: {failed}")
-            replies.append(connection.recv())
-        for rank, (status, value) in enumerate(replies):
-            if status == "error":
-                raise WorkerError(rank, *value)
-        return [value for _, value in replies]
+                break
+        failed = {rank: value for rank, (status, value) in sorted(replies.items()) if status == "error"}
+        for rank, value in failed.items():
+            raise WorkerError(rank, *value)
+        if len(replies) < self.world_size:
+            raise TimeoutError(f"only the ranks {sorted(replies)} answered within {TIMEOUT_SECONDS} s")
+        return [replies[rank][1] for rank in range(self.world_size)]
 
     def close(self) -> None:
         for process in self.processes:

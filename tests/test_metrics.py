@@ -114,12 +114,12 @@ def assert_equal(found: dict, expected: dict) -> None:
 
 def test_rollout_metrics_against_loops():
     made = experience()
-    assert_equal(rollout_metrics(made, ScoreCombiner(settings()), SOURCES), looped(made))
+    assert_equal(rollout_metrics(made, ScoreCombiner(settings()).raw(made.evaluation), SOURCES), looped(made))
 
 
 def test_looking_at_metrics_does_not_count_the_scores_again():
     combiner = ScoreCombiner(settings())
-    rollout_metrics(experience(), combiner, SOURCES)
+    rollout_metrics(experience(), combiner.raw(experience().evaluation), SOURCES)
     assert combiner.moments[0].count == 0
 
 
@@ -130,7 +130,8 @@ def metrics_from_unequal_ranks() -> dict[str, float]:
     parts = (take_rows(record, mine) for record in (plain.rollout, plain.evaluation))
     rollout, evaluation = (map_rows(part, dist.all_gather_rows) for part in parts)
     combiner = ScoreCombiner(recipe)
-    return rollout_metrics(make_experience(rollout, evaluation, recipe, combiner, 0.1), combiner, SOURCES)
+    made = make_experience(rollout, evaluation, recipe, combiner, 0.1)
+    return rollout_metrics(made, combiner.raw(evaluation), SOURCES)
 
 
 @pytest.mark.dist
@@ -294,7 +295,7 @@ def emitted_by_an_iteration() -> dict[str, float]:
             with clock.phase(node.args[0].value):
                 pass
     added = dict.fromkeys(keys_added_by_the_trainer(), 0.0)
-    sampled = rollout_metrics(experience(), ScoreCombiner(settings()), SOURCES)
+    sampled = rollout_metrics(experience(), ScoreCombiner(settings()).raw(experience().evaluation), SOURCES)
     return {**sampled, **update_metrics(STATS), **clock.metrics(), **memory_metrics(), **added}
 
 

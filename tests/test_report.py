@@ -7,7 +7,6 @@ import json
 import matplotlib.image
 import pytest
 
-from engine.advantages import ScoreCombiner
 from engine.heldout import Look
 from engine.metrics import append_jsonl, rollout_metrics, update_metrics
 from engine.report import SHOWN_SAMPLES, before_after, draw_learning_curve, read_jsonl
@@ -55,9 +54,9 @@ def test_a_long_response_is_wrapped_and_not_cut():
 @pytest.fixture
 def folder(tmp_path):
     """A run of three iterations; metrics as they are really emitted, so that a curve without its key fails."""
-    emitted = rollout_metrics(tiny.experience(), ScoreCombiner(tiny.recipe()), ["length"]) | update_metrics(
-        UpdateStats()
-    )
+    emitted = rollout_metrics(
+        tiny.experience(), tiny.experience().evaluation.source_scores[:, 0], ["length"]
+    ) | update_metrics(UpdateStats())
     for iteration in (1, 2, 3):
         append_jsonl(tmp_path / "metrics.jsonl", [{"iteration": iteration, **emitted, "score/mean": iteration**2}])
     return tmp_path
