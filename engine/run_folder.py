@@ -34,11 +34,15 @@ class RunFolder:
                 # A name of our own making is new; one that was asked for is known to hold no run.
                 folder.path.mkdir(parents=True, exist_ok=recipe.output is not None)
                 save_recipe(recipe, folder.path / "recipe.yaml")
-                (folder.path / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n")
+                folder.write_json("ds_config.json", ds_config)
             except OSError as error:
                 problem = f"can't write the run's folder {folder.path}: {error}"
         dist.agree(problem)
         return folder
+
+    def write_json(self, name: str, value: dict) -> None:
+        """Write one indented JSON file."""
+        (self.path / name).write_text(json.dumps(value, indent=2) + "\n")
 
     def add_samples(self, iteration: int, kind: str, rows: Iterable[tuple[str, str, float]]) -> None:
         """Append the first few (prompt, response, score) of a phase to samples.jsonl."""

@@ -80,7 +80,7 @@ class Trainer:
         """All iterations, then the final adapters and the report."""
         for warning in config.warnings_of(self.recipe):
             logger.warning("note: %s", warning)
-        base = self.engine.base_hash()
+        base = dist.all_gather_objects(self.engine.base_hash())
         before = self._look(0)
         after = None
         with progress_bar("PPO", self.recipe.iterations) as advance:
@@ -154,18 +154,19 @@ class Trainer:
             rows = zip(texts.prompts, texts.responses, experience.scores.tolist()[: len(prompts)], strict=True)
             self.folder.add_samples(iteration + 1, "training", rows)
 
-    def _finish(self, base: str, before: Look | None, after: Look | None) -> None:
+    def _finish(self, base: list[str], before: Look | None, after: Look | None) -> None:
         export_final(self.engine.roles, self.folder.path / "final", self.recipe.model.path)
-        moved = "the frozen base changed during training" if self.engine.base_hash() != base else None
-        dist.agree(moved)
+        now = dist.all_gather_objects(self.engine.base_hash())
         if dist.rank() != 0:
             return
+        self.folder.write_json("base_shards.json", {"sha256_by_rank_before": base, "sha256_by_rank_after": now})
         draw_learning_curve(self.folder.path)
         if before is not None:
             page = before_after(before, after)
             (self.folder.path / "before_after.txt").write_text(page)
             logger.info("\n%s", page)
-        logger.info("base shards unchanged (sha256 %s); run folder: %s", base[:12], self.folder.path)
+        logger.info("base shards %s; run folder: %s", "unchanged" if now == base else "CHANGED", self.folder.path)
+        assert now == base, "the frozen base changed during training: see base_shards.json"
 
     def close(self) -> None:
         """Give back files, engines and buffers."""

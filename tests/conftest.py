@@ -31,6 +31,16 @@ def single():
 
 
 @pytest.fixture(scope="session")
+def full_world(pool, tmp_path_factory):
+    """The toy world in its full size, built once by two ranks; its folder lies as the quickstart's recipe expects."""
+    from engine.toyworld import prepare
+
+    folder = tmp_path_factory.mktemp("newcomer") / "runs" / "toyworld"
+    pool.run(prepare, str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def alone():
     """A process group of one in this process, for what trains under DeepSpeed here."""
     from engine import zero

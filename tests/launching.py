@@ -12,27 +12,30 @@ ROOT = Path(__file__).resolve().parent.parent
 DEEPSPEED = Path(sys.executable).parent / "deepspeed"
 
 
-def launch(*arguments, ranks: int = 2, timeout: float = 600, **environment) -> subprocess.CompletedProcess:
-    """`deepspeed --num_accelerators RANKS launch/train.py ARGUMENTS` from the repository's root."""
+def launch(
+    *arguments, ranks: int = 2, cwd: Path = ROOT, timeout: float = 600, **environment
+) -> subprocess.CompletedProcess:
+    """`deepspeed --num_accelerators RANKS launch/train.py ARGUMENTS` from the repository's root or `cwd`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [DEEPSPEED, "--num_accelerators", str(ranks), "--master_port", str(port), "launch/train.py"]
-    return _run([*command, *arguments], timeout, environment)
+    command = [DEEPSPEED, "--num_accelerators", str(ranks), "--master_port", str(port), ROOT / "launch/train.py"]
+    return _run([*command, *arguments], cwd, timeout, environment)
 
 
 def launch_plain(*arguments, timeout: float = 600, **environment) -> subprocess.CompletedProcess:
     """`python launch/train.py ARGUMENTS`: one process."""
-    return _run([sys.executable, "launch/train.py", *arguments], timeout, environment)
+    return _run([sys.executable, "launch/train.py", *arguments], ROOT, timeout, environment)
 
 
-def _run(command: list, timeout: float, environment: dict) -> subprocess.CompletedProcess:
+def _run(command: list, cwd: Path, timeout: float, environment: dict) -> subprocess.CompletedProcess:
     # `deepspeed` starts its ranks with the `python3` on the PATH: it must be this one.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    group = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    inherited = {name: value for name, value in os.environ.items() if name not in group}
     return subprocess.run(
         [str(part) for part in command],
-        cwd=ROOT,
+        cwd=cwd,
         env={**inherited, "PATH": path, **environment},
         capture_output=True,
         text=True,

@@ -332,17 +332,6 @@ def test_two_ranks_build_one_world(pool, tmp_path, world):
 # -- quality of the real thing -----------------------------------------------------------------------------------------
 
 
-def prepared_in_full(folder: str) -> None:
-    prepare(folder)
-
-
-@pytest.fixture(scope="module")
-def full_world(pool, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "toyworld"
-    pool.run(prepared_in_full, str(folder))
-    return folder
-
-
 def respond(folder, prompts: list[str]) -> list[str]:
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
     policy = AutoModelForCausalLM.from_pretrained(folder / "policy")
