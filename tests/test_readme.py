@@ -64,7 +64,8 @@ def test_every_path_that_is_named_exists():
     """Links, and the tree under `How it is built`."""
     for link in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / link).exists(), link
-    tree = next(block for block in re.findall(r"```\n(.*?)```", README, flags=re.DOTALL) if "the loop" in block)
+    fenced = re.findall(r"^```\w*\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+    tree = next(block for block in fenced if "engine/trainer.py" in block)
     for name in re.findall(r"[\w/]+\.(?:py|yaml)", tree):
         found = [ROOT / name, ROOT / "engine" / name, ROOT / "launch/recipes" / name, ROOT / "tests" / name]
         assert any(path.exists() for path in found), name
