@@ -3,7 +3,7 @@ export OMP_NUM_THREADS ?= 1
 
 .PHONY: quickstart test lint mutants
 quickstart: .venv/.installed
-	.venv/bin/deepspeed --num_accelerators 2 launch/train.py
+	.venv/bin/deepspeed --quiet --num_accelerators 2 launch/train.py
 
 test: .venv/.installed-dev
 	.venv/bin/python -m pytest

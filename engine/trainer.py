@@ -143,6 +143,7 @@ class Trainer:
         if self.heldout is None or not due:
             return None
         look = self.heldout.look(self.engine, self.sources)
+        logger.info("held-out  %s", "  ".join(f"{n.removeprefix('eval/')} {v:.3f}" for n, v in look.metrics.items()))
         if dist.rank() == 0:
             append_jsonl(self.folder.path / "evaluation.jsonl", [{"iteration": iteration, **look.metrics}])
             rows = zip(look.prompts, look.responses, look.scores, strict=True)

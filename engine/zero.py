@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from engine import dist
 from engine.config import OptimizerSettings
 
+logger = dist.get_logger(__name__)
+
 
 def start() -> None:
     """Join the process group that the launcher described, or make one of a single rank; quiet DeepSpeed's chatter."""
@@ -37,7 +39,9 @@ def start() -> None:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    deepspeed.init_distributed(verbose=False)
+    logger.info("starting DeepSpeed (the first start on a machine compiles a small operator: a minute or two)")
+    with _quiet():
+        deepspeed.init_distributed(verbose=False)
 
 
 def _share_cores() -> None:
