@@ -16,6 +16,7 @@ import torch
 
 from engine.batch import Prompts
 from engine.config import DataConfig, RecipeError
+from engine.randomness import Stream, generator
 
 LOCAL_FORMATS = {".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet"}
 
@@ -305,5 +306,5 @@ class PromptSource:
 
 @lru_cache(maxsize=4)
 def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    # Philox is keyed by (seed, epoch): any epoch's order comes without having made the ones before.
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch]))).permutation(size)
+    # Keyed by (seed, epoch): any epoch's order comes without having made the ones before.
+    return generator(seed, Stream.PROMPTS, epoch).permutation(size)

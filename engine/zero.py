@@ -103,6 +103,8 @@ class RoleSteps:
         if self.partitioned:
             square = dist.all_reduce(square)
         norm = math.sqrt(square.item())
+        if not math.isfinite(norm):  # the same number on every rank: all stop, before this role is stepped
+            raise FloatingPointError(f"a gradient is not finite: its norm is {norm}")
         if limit and norm > limit:
             for parameter in parameters:
                 parameter.grad.mul_(limit / norm)
@@ -159,8 +161,8 @@ class TrainedEngine:
         self.steps.norms = {}
         self.engine.step()
         norms = dict(self.steps.norms)
-        if set(norms) != set(learning_rates) or not all(map(math.isfinite, norms.values())):
-            raise FloatingPointError(f"a gradient is not finite: gradient norms {norms or 'overflowed'}")
+        if set(norms) != set(learning_rates):
+            raise FloatingPointError(f"a gradient is not finite: DeepSpeed stepped {sorted(norms) or 'no role'} alone")
         return norms
 
     def discard(self) -> None:

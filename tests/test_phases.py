@@ -298,6 +298,34 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(pool, what):
         assert "not finite" in message and "iteration 5" in message
 
 
+def overflowing_gradient(stage: str) -> tuple[str, bool]:
+    """A finite loss whose gradient is not: 1e30 times 1e30. The message, and whether the value head moved."""
+    engine = tiny.engine(tiny.recipe(**on_stage(stage)))
+    head = [engine.roles.value_head.weight]
+
+    def read():
+        with zero.gathered(head):
+            return head[0].detach().clone()
+
+    before = read()
+    output = engine.forward(tiny.rollout(), torch.arange(7), values=True)
+    small = (output.values.mean() + output.logprobs.mean()) * 1e-30
+    engine.backward((small * 1e30) * 1e30 * 1e-30 * 1e30, last=True)
+    try:
+        engine.step()
+    except FloatingPointError as error:
+        return str(error), bool((read() != before).any())
+    finally:
+        engine.close()
+    return "nothing was raised", True
+
+
+@pytest.mark.parametrize("stage", ["zero0", "zero2", "zero3"])
+def test_a_gradient_that_is_not_finite_is_an_error(pool, stage):
+    for message, moved in pool.run(overflowing_gradient, stage):
+        assert "gradient is not finite" in message and not moved
+
+
 def evaluation_stream_differs() -> bool:
     recipe = tiny.recipe()
     engine = tiny.engine(recipe)
