@@ -90,11 +90,10 @@ class Evaluation:
     ref_logprobs: Tensor  # [B, R] float32
     kl: Tensor  # [B, R] float32, the penalty's estimator
     old_values: Tensor  # [B, R] float32, V read before response token t
-    entropy: Tensor  # [B, R] float32
     source_scores: Tensor  # [B, S] float32, raw, one column per reward source
 
     def __post_init__(self):
-        per_token = (self.old_logprobs, self.ref_logprobs, self.kl, self.old_values, self.entropy)
+        per_token = (self.old_logprobs, self.ref_logprobs, self.kl, self.old_values)
         assert len({x.shape for x in per_token}) == 1 and len(self.source_scores) == len(self.kl)
 
 

@@ -1,13 +1,15 @@
-"""What can only be checked by opening files, all of it before any model loads and reported at once."""
+"""What the schema can't check: files, all before any model loads and reported at once; and what deserves a warning."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
-from engine.config import Recipe, RecipeError
+from engine.config import Recipe, steps_per_iteration
 from engine.ds_config import read_ds_config
+from engine.errors import RecipeError
 from engine.plugins import load_function
 
 # The names that transformers' configurations give to the longest sequence a model takes.
@@ -41,8 +43,48 @@ def check_files(recipe: Recipe, built: bool = True) -> None:
     if recipe.evaluation.judge:
         problems += _attempt(load_function, recipe.evaluation.judge)
     problems += [problem for dataset in _datasets(recipe) if due(dataset) for problem in _check_rows(recipe, dataset)]
+    if due(recipe.data.dataset):
+        problems += _check_columns(recipe)
     if problems:
         raise RecipeError(*problems)
+
+
+def warnings_of(recipe: Recipe) -> list[str]:
+    """What the recipe allows and its author may not have meant, for the log."""
+    kl, generation, evaluation = recipe.kl, recipe.generation, recipe.evaluation
+    warnings = []
+    if kl.placement == "reward" and kl.estimator in ("k2", "k3"):
+        warnings.append(
+            f"kl.estimator {kl.estimator} in the reward does not have the KL's gradient as its expectation; k1 does"
+        )
+    if kl.placement == "reward" and kl.estimator == "full":
+        warnings.append(
+            "kl.estimator full in the reward leaves out the gradient of each token's own KL; k1 in the reward or full "
+            "in the loss has it"
+        )
+    if kl.placement == "loss" and kl.estimator == "k3":
+        warnings.append(
+            "kl.estimator k3 in the loss has the gradient of the other direction, KL(reference || policy); k2 and full "
+            "have that of KL(policy || reference)"
+        )
+    for role, settings in (("actor", recipe.actor), ("critic", recipe.critic)):
+        if settings.optimizer.warmup_steps >= steps_per_iteration(recipe) * recipe.iterations:
+            warnings.append(f"{role}.optimizer.warmup_steps is as long as the run: the peak rate is never reached")
+    if generation.temperature == 0:
+        warnings.append("generation.temperature 0 trains on argmax responses: nothing is explored")
+    restricted = {
+        "top_k": generation.top_k > 0,
+        "top_p": generation.top_p < 1,
+        "min_new_tokens": generation.min_new_tokens,
+    }
+    for key in (key for key, on in restricted.items() if on):
+        warnings.append(
+            f"generation.{key} restricts the draw alone: log-probs and ratio are those of the full softmax, so the "
+            "update is not exactly on-policy"
+        )
+    if evaluation.dataset is None and (evaluation.judge or evaluation.every_iterations):
+        warnings.append("evaluation.judge and evaluation.every_iterations have no effect without evaluation.dataset")
+    return warnings
 
 
 def _attempt(function, *arguments) -> list[str]:
@@ -55,6 +97,25 @@ def _attempt(function, *arguments) -> list[str]:
 
 def _datasets(recipe: Recipe) -> list[str]:
     return [recipe.data.dataset] + ([recipe.evaluation.dataset] if recipe.evaluation.dataset else [])
+
+
+def _check_columns(recipe: Recipe) -> list[str]:
+    """A reward function gets the columns by name, beside its own two arguments."""
+    from engine.prompts import LOCAL_FORMATS, read_rows  # here: it imports torch
+
+    if Path(recipe.data.dataset).suffix.lower() not in LOCAL_FORMATS or not any(r.function for r in recipe.rewards):
+        return []
+    try:
+        taken = {"prompts", "responses"} & {name for row in read_rows(recipe.data) for name in row.values}
+    except RecipeError:
+        return []  # told by _check_rows
+    taken -= {recipe.data.text_column}
+    if not taken:
+        return []
+    return [
+        f"{recipe.data.dataset}: a column named {' and '.join(sorted(taken))} would meet the reward function's "
+        "argument of that name; rename it"
+    ]
 
 
 def _check_rows(recipe: Recipe, dataset: str) -> list[str]:
@@ -73,6 +134,9 @@ def _check_output(recipe: Recipe) -> list[str]:
     if folder.is_dir() and any(folder.iterdir()):
         what = "already holds a run" if (folder / "recipe.yaml").exists() else "is not empty"
         return [f"output: {folder} {what}, and a run never overwrites one; give another folder with --output"]
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        return [f"output: {folder} can't be made, {there} takes no new files; give another folder with --output"]
     return []
 
 
@@ -98,7 +162,25 @@ def _check_reward_model(recipe: Recipe, path: str) -> list[str]:
             f"rewards.model: {path} must be a sequence-classification model with one output, its config.json says "
             f"{outputs}; name a reward model"
         )
+    if Path(path).is_dir() and Path(recipe.model.path).is_dir():
+        problems += _check_same_tokenizer(recipe.model.path, path)
     return problems
+
+
+def _check_same_tokenizer(policy: str, reward: str) -> list[str]:
+    """Reward models read the policy's token ids: with another vocabulary they would score other words, in silence."""
+    ids = []
+    for folder in (policy, reward):
+        try:
+            ids.append(json.loads((Path(folder) / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"])
+        except (OSError, ValueError, KeyError):
+            return []  # not a fast tokenizer's file: nothing to compare by
+    if ids[0] == ids[1]:
+        return []
+    return [
+        f"rewards.model: {reward} has another vocabulary than {policy}, and it is given the policy's tokens; name a "
+        "reward model with the policy's tokenizer, or score the text in a function"
+    ]
 
 
 def _model_config(setting: str, path: str, revision: str | None, problems: list[str]) -> dict | None:

@@ -30,9 +30,12 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from engine.config import Recipe, RecipeError, locate
+from engine.config import Recipe, locate
+from engine.errors import RecipeError, RunError
 
 QUICKSTART = "launch/recipes/quickstart.yaml"
+# What gloo and NCCL say on a rank whose neighbour has gone.
+LOST_PEER = re.compile(r"closed by peer|reset by peer|remote process exited|Broken pipe", re.IGNORECASE)
 
 
 def parse(argv: list[str], default_recipe: str = QUICKSTART) -> Recipe:
@@ -101,26 +104,41 @@ def load_recipe(path: str | Path, overrides: Mapping | None = None) -> Recipe:
         raise RecipeError(*_explain(error)) from None
 
 
-def save_recipe(recipe: Recipe, path: str | Path) -> None:
-    """Write every setting of `recipe` as YAML that loads back to an equal recipe."""
-    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
-    Path(path).write_text(text, encoding="utf-8")
+def recipe_text(recipe: Recipe) -> str:
+    """Every setting of `recipe` as YAML that loads back to an equal recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
 
 @contextmanager
 def readable_errors():
-    """A recipe's errors become a message of rank 0 and exit status 2; any other error keeps its traceback."""
+    """Errors that are messages lose their traceback; any other keeps it, and comes first.
+
+    Exit status: 2 when the recipe can't be run (said by rank 0), 1 when a run stopped.
+    """
     try:
         yield
     except RecipeError as error:
-        if _rank() == 0:
-            bullets = "".join("\n  - " + problem.replace("\n", "\n    ") for problem in error.problems)
-            sys.stderr.write(f"error: this run can't start:{bullets}\n")
-            sys.stderr.flush()
-        else:
-            # DeepSpeed's launcher kills all ranks as soon as one ends: let rank 0 have its say first.
-            time.sleep(3)
+        bullets = "".join("\n  - " + problem.replace("\n", "\n    ") for problem in error.problems)
+        _say_once(f"error: this run can't start:{bullets}\n")
         raise SystemExit(2) from None
+    except (RunError, FloatingPointError) as error:  # every rank raises the same
+        _say_once(f"error: the run stopped: {error}\n")
+        raise SystemExit(1) from None
+    except RuntimeError as error:
+        if not LOST_PEER.search(str(error)):
+            raise
+        # Not the cause, and its traceback would bury that of the rank that failed.
+        sys.stderr.write(f"rank {_rank()} stops: another rank failed, its error stands above or follows\n")
+        raise SystemExit(1) from None
+
+
+def _say_once(message: str) -> None:
+    if _rank() == 0:
+        sys.stderr.write(message)
+        sys.stderr.flush()
+    else:
+        # DeepSpeed's launcher kills all ranks as soon as one ends: let rank 0 have its say first.
+        time.sleep(3)
 
 
 class _CommandLine(BaseSettings, Recipe):

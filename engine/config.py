@@ -25,14 +25,6 @@ from pydantic import (
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-class RecipeError(ValueError):
-    """The user's input can't make a run: each problem states the rule, the value got and the remedy."""
-
-    def __init__(self, *problems: str):
-        super().__init__("\n".join(problems))
-        self.problems = problems
-
-
 def locate(path: str | Path) -> Path:
     """`path` from the working directory or, for what comes with Alternator, from the repository; else as given."""
     here = Path(path).expanduser()
@@ -98,7 +90,7 @@ class OptimizerSettings(Section):
     learning_rate: NonNegativeFloat = 1e-4
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Shape after warm-up, down to 0 at the run's last optimizer step for linear and cosine."""
+    """Shape after warm-up; linear and cosine fall towards 0, which the step after the run's last would reach."""
     warmup_steps: NonNegativeInt = 0
     """Optimizer steps over which the rate climbs from 0; 0: none."""
     beta1: float = Field(0.9, ge=0, lt=1)
@@ -334,7 +326,7 @@ class Recipe(Section):
 
     name: str | None = Field(None, pattern=r"^[\w.-]+$")
     """The run's name; null: that of the recipe's file."""
-    seed: NonNegativeInt = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     """Seed of every random choice of the run."""
     iterations: PositiveInt = 40
     """Iterations of generation, evaluation and update."""
@@ -371,6 +363,11 @@ class Recipe(Section):
                 f"critic warm-up must end within the run, got critic.warmup_iterations {self.critic.warmup_iterations} "
                 f">= iterations {self.iterations}; lower the first or raise the second"
             )
+        if self.kl.target is not None and sequences >= 5 * self.kl.horizon:
+            problems.append(
+                f"kl.horizon must be above a fifth of an iteration's {sequences} sequences, got {self.kl.horizon}: the "
+                "controller could turn kl_coef negative; raise it"
+            )
         counts = Counter(reward.label for reward in self.rewards)
         problems += [
             f"rewards need distinct names, got {label!r} {count} times; give each a name: of its own"
@@ -382,36 +379,7 @@ class Recipe(Section):
         return self
 
 
-def warnings_of(recipe: Recipe) -> list[str]:
-    """What the recipe allows and its author may not have meant, for the log."""
-    kl, generation, evaluation = recipe.kl, recipe.generation, recipe.evaluation
-    warnings = []
-    if kl.placement == "reward" and kl.estimator in ("k2", "k3"):
-        warnings.append(
-            f"kl.estimator {kl.estimator} in the reward does not have the KL's gradient as its expectation; k1 does"
-        )
-    if kl.placement == "reward" and kl.estimator == "full":
-        warnings.append(
-            "kl.estimator full in the reward leaves out the gradient of each token's own KL; k1 in the reward or full "
-            "in the loss has it"
-        )
-    if kl.placement == "loss" and kl.estimator == "k3":
-        warnings.append(
-            "kl.estimator k3 in the loss has the gradient of the other direction, KL(reference || policy); k2 and full "
-            "have that of KL(policy || reference)"
-        )
-    if generation.temperature == 0:
-        warnings.append("generation.temperature 0 trains on argmax responses: nothing is explored")
-    restricted = {
-        "top_k": generation.top_k > 0,
-        "top_p": generation.top_p < 1,
-        "min_new_tokens": generation.min_new_tokens,
-    }
-    for key in (key for key, on in restricted.items() if on):
-        warnings.append(
-            f"generation.{key} restricts the draw alone: log-probs and ratio are those of the full softmax, so the "
-            "update is not exactly on-policy"
-        )
-    if evaluation.dataset is None and (evaluation.judge or evaluation.every_iterations):
-        warnings.append("evaluation.judge and evaluation.every_iterations have no effect without evaluation.dataset")
-    return warnings
+def steps_per_iteration(recipe: Recipe) -> int:
+    """Optimizer steps of one iteration: epochs times minibatches."""
+    sequences = recipe.data.prompts_per_iteration * recipe.data.samples_per_prompt
+    return recipe.ppo.epochs * -(-sequences // recipe.ppo.minibatch_sequences)

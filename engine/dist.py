@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from engine.errors import RunError
+
 
 def is_distributed() -> bool:
     """Whether a process group is up (one of a single rank counts)."""
@@ -84,14 +86,14 @@ def barrier() -> None:
 
 
 def agree(problem: str | None) -> None:
-    """Raise RuntimeError on every rank if any rank names a problem, with the first rank's text.
+    """Raise RunError on every rank if any rank names a problem, with the first rank's text.
 
     Without this, the rank that raises leaves the others waiting in their next collective.
     """
     problems = all_gather_objects(problem)
     for index, text in enumerate(problems):
         if text is not None:
-            raise RuntimeError(f"rank {index}: {text}" if len(problems) > 1 else text)
+            raise RunError(f"rank {index}: {text}" if len(problems) > 1 else text)
 
 
 def _device() -> torch.device:

@@ -10,7 +10,8 @@ import json
 from difflib import get_close_matches
 from pathlib import Path
 
-from engine.config import RecipeError, locate
+from engine.config import locate
+from engine.errors import RecipeError
 
 # What DeepSpeed 0.19.8 reads at the top level (a test asks the installed one).
 _TOP_LEVEL = """
@@ -50,6 +51,11 @@ OWNED_KEYS = {
     "data_parallel_size": "remove it: every rank is a data-parallel one",
     "tensor_parallel": "remove it: ZeRO is what shards the model here",
     "expert_parallel": "remove it: ZeRO is what shards the model here",
+    "activation_checkpointing": "set zero.activation_checkpointing in the recipe",
+    "prescale_gradients": "remove it: losses are scaled for DeepSpeed's plain average over ranks",
+    "gradient_predivide_factor": "remove it: losses are scaled for DeepSpeed's plain average over ranks",
+    "flops_profiler": "remove it: it crashes where a minibatch is cut by hand; the metrics have seconds",
+    "wall_clock_breakdown": "remove it: it crashes where a minibatch is cut by hand; the metrics have seconds",
 }
 
 # Buckets are allocated whole however little trains (DeepSpeed's default is 5e8 elements, 2 GB in float32), so "auto"
@@ -111,6 +117,9 @@ def check_ds_config(raw: dict) -> list[str]:
     if not isinstance(zero, dict):
         return [*problems, f"zero_optimization must be an object, got {zero!r}; write {{'stage': 3}}"]
     problems += _unknown(zero, ZERO_KEYS, "zero_optimization.")
+    for key in ("offload_optimizer", "offload_param"):
+        if isinstance(zero.get(key), dict) and zero[key].get("device") == "nvme":
+            problems.append(f"zero_optimization.{key}.device nvme is not supported yet; write cpu or none")
     stage = zero.get("stage", 0)
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         problems.append(f"zero_optimization.stage must be 0, 1, 2 or 3, got {stage!r}; see ds_configs/README.md")

@@ -8,6 +8,7 @@ from torch import Tensor
 from engine import dist, ppo
 from engine.batch import Evaluation, Rollout
 from engine.config import KLConfig
+from engine.errors import RunError
 from engine.hybrid_engine import HybridEngine
 from engine.minibatches import micro_batches
 from engine.reward_sources import RewardSource, Texts
@@ -24,9 +25,9 @@ def evaluate(
     """Log-probs, KL to the reference, values and raw scores of this rank's rows.
 
     Raises:
-        RuntimeError: on every rank, when a source failed on any of them.
+        RunError: on every rank, when a source failed on any of them.
     """
-    columns: dict[str, list[Tensor]] = {name: [] for name in ("logprobs", "ref_logprobs", "kl", "values", "entropy")}
+    columns: dict[str, list[Tensor]] = {name: [] for name in ("logprobs", "ref_logprobs", "kl", "values")}
     for rows in micro_batches(torch.arange(len(rollout)), micro_batch_sequences):
         output = engine.forward(rollout, rows, values=True, ref_logprobs=True, full_kl=kl.estimator == "full")
         estimate = output.full_kl
@@ -42,7 +43,6 @@ def evaluate(
         ref_logprobs=per_token["ref_logprobs"],
         kl=per_token["kl"],
         old_values=per_token["values"],
-        entropy=per_token["entropy"],
         source_scores=_scores(sources, rollout, texts),
     )
 
@@ -54,7 +54,7 @@ def _scores(sources: list[RewardSource], rollout: Rollout, texts: Texts) -> Tens
         problem = None
         try:
             scores.append(source.score(rollout, texts))
-        except ValueError as error:
+        except RunError as error:
             problem = str(error)
         dist.agree(problem)
     return torch.stack(scores, dim=1)

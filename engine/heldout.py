@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from engine import dist
@@ -68,8 +68,21 @@ class HeldOut:
             "eval/response_tokens_mean": rollout.response_lengths.float().mean().item(),
             "eval/eos_fraction": rollout.ended.float().mean().item(),
         }
-        if self.judge is not None:
-            judged = self.judge(prompts, responses)
-            metrics |= {f"eval/{name}": float(value) for name, value in judged.items()}
-        assert torch.isfinite(torch.tensor(list(metrics.values()))).all(), metrics
-        return Look(metrics, prompts, responses, scores.tolist())
+        return Look(metrics | self._judged(prompts, responses), prompts, responses, scores.tolist())
+
+    def _judged(self, prompts: list[str], responses: list[str]) -> Metrics:
+        """What the judge says, asked once, by rank 0: it may be somebody's paid service.
+
+        Raises:
+            RunError: on every rank, when it raised or gave anything but a dict of finite numbers.
+        """
+        judged, problem = {}, None
+        if self.judge is not None and dist.rank() == 0:
+            try:
+                judged = {f"eval/{name}": float(value) for name, value in self.judge(prompts, responses).items()}
+                if not all(map(math.isfinite, judged.values())):
+                    problem = f"the judge's numbers must be finite, got {judged}"
+            except Exception as error:  # the user's code can raise anything
+                problem = f"the judge {self.recipe.evaluation.judge} raised {type(error).__name__}: {error}"
+        dist.agree(problem)
+        return dist.broadcast_object(judged)

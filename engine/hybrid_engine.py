@@ -12,9 +12,8 @@ from transformers import PreTrainedModel
 
 from engine import dist, zero
 from engine.batch import Rollout, length_mask
-from engine.config import OptimizerSettings, Recipe
+from engine.config import OptimizerSettings, Recipe, steps_per_iteration
 from engine.ds_config import read_ds_config, resolve_ds_config
-from engine.minibatches import steps_per_iteration
 from engine.replica import Replica
 from engine.roles import ACTOR, CRITIC, Layout, PolicyOutput, RolesModel
 
@@ -105,7 +104,7 @@ class HybridEngine:
 
         Args:
             rows: int64 indices; empty is fine.
-            wanted: `values`, `ref_logprobs`, `full_kl` as for `RolesModel.forward`.
+            wanted: `values`, `ref_logprobs`, `full_kl`, `entropy_grad` as for `RolesModel.forward`.
         """
         output = self.engine(self._layout(rollout, rows), **wanted)
         width = rollout.response_ids.shape[1]
@@ -139,7 +138,7 @@ class HybridEngine:
         Args:
             frozen: roles that stand still: learning rate 0, and their schedule waits.
         """
-        norms = self.engine.step(self.learning_rates(frozen))
+        norms = self.engine.step(self.learning_rates(frozen), frozen)
         for role in self.role_steps:
             self.role_steps[role] += role not in frozen
         return norms

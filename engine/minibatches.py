@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from engine import dist
-from engine.config import Recipe
 from engine.randomness import Stream, generator
 
 
@@ -20,12 +17,6 @@ def minibatch_rows(seed: int, iteration: int, epoch: int, rows: int, minibatch_s
     """
     order = generator(seed, Stream.MINIBATCHES, iteration, epoch).permutation(rows)
     return list(torch.from_numpy(order).split(minibatch_sequences))
-
-
-def steps_per_iteration(recipe: Recipe) -> int:
-    """Optimizer steps of one iteration: epochs times minibatches."""
-    sequences = recipe.data.prompts_per_iteration * recipe.data.samples_per_prompt
-    return recipe.ppo.epochs * math.ceil(sequences / recipe.ppo.minibatch_sequences)
 
 
 def rows_of_rank(rows: Tensor, rank: int, world_size: int) -> Tensor:

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from engine.config import ModelConfig
+from engine.errors import RecipeError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -23,13 +24,13 @@ def load_tokenizer(settings: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint; one without an end token is refused, one without padding pads with its end token.
 
     Raises:
-        ValueError: the tokenizer has no end token.
+        RecipeError: the tokenizer has no end token.
     """
     tokenizer = AutoTokenizer.from_pretrained(
         settings.path, revision=settings.revision, trust_remote_code=settings.trust_remote_code
     )
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer of {settings.path} has no eos_token: a response could never end; set one")
+        raise RecipeError(f"the tokenizer of {settings.path} has no eos_token: a response could never end; set one")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # harmless: masks come from lengths, never from ids
     return tokenizer
@@ -55,14 +56,23 @@ def _load(factory, path: str, dtype: str, settings: ModelConfig) -> PreTrainedMo
         path, revision=settings.revision, trust_remote_code=settings.trust_remote_code, **extra
     )
     without_dropout(config)
-    model = factory.from_pretrained(
-        path,
-        config=config,
-        revision=settings.revision,
-        dtype=DTYPES[dtype],
-        trust_remote_code=settings.trust_remote_code,
-        use_safetensors=None,  # safetensors when there are any; transformers reads .bin files with weights_only=True
-    )
+    try:
+        model, found = factory.from_pretrained(
+            path,
+            config=config,
+            revision=settings.revision,
+            dtype=DTYPES[dtype],
+            trust_remote_code=settings.trust_remote_code,
+            use_safetensors=None,  # safetensors if there are any; transformers reads .bin with weights_only=True
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, ImportError) as error:  # no weights, another architecture, a missing attention kernel
+        raise RecipeError(f"{path} can't be loaded: {error}") from error
+    if found["missing_keys"]:  # transformers would start them at random and say so in a warning at most
+        raise RecipeError(
+            f"{path} has no weights for {', '.join(sorted(found['missing_keys'])[:5])}, which a "
+            f"{type(model).__name__} needs; name a checkpoint of that kind"
+        )
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -77,21 +87,20 @@ def without_dropout(config) -> None:
             setattr(config, name, 0.0)
 
 
-def end_token_ids(tokenizer, model_path: str, extra: list[str]) -> tuple[int, ...]:
+def end_token_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, extra: list[str]) -> tuple[int, ...]:
     """The set of tokens that end a response: the tokenizer's, the generation config's and the recipe's.
 
+    Args:
+        model: its `generation_config` was read from the checkpoint, or made from the model's own config.
+
     Raises:
-        ValueError: a token named in the recipe is not one token of the tokenizer.
+        RecipeError: a token named in the recipe is not one token of the tokenizer.
     """
-    ids = {tokenizer.eos_token_id}
-    try:
-        configured = transformers.GenerationConfig.from_pretrained(model_path).eos_token_id
-    except OSError:
-        configured = None
-    ids |= set(configured if isinstance(configured, list) else [] if configured is None else [configured])
+    configured = model.generation_config.eos_token_id
+    ids = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
     for token in extra:
         token_id = tokenizer.convert_tokens_to_ids(token)
         if token_id is None or token_id == tokenizer.unk_token_id:
-            raise ValueError(f"generation.end_tokens: {token!r} is not one token of the tokenizer")
+            raise RecipeError(f"generation.end_tokens: {token!r} is not one token of the tokenizer")
         ids.add(token_id)
     return tuple(sorted(ids))

@@ -10,7 +10,8 @@ from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
 
-from engine.config import REPOSITORY, RecipeError, locate
+from engine.config import REPOSITORY, locate
+from engine.errors import RecipeError
 
 
 def load_function(spec: str) -> Callable:
@@ -56,13 +57,13 @@ def _module(file: Path, spec: str) -> ModuleType:
     except Exception as error:
         sys.modules.pop(name, None)
         raise RecipeError(
-            f"{spec}: running {file} raised {type(error).__name__}: {error}{_line(error, file)}; mend the file"
+            f"{spec}: running {file} raised {type(error).__name__}: {error}{line_of(error, file)}; mend the file"
         ) from error
     return module
 
 
-def _line(error: Exception, file: Path) -> str:
-    """Where in the user's file it happened."""
+def line_of(error: Exception, file: Path) -> str:
+    """Where in the user's file it happened: " (line 7)", or nothing when it happened elsewhere."""
     if isinstance(error, SyntaxError) and error.lineno:
         return f" (line {error.lineno})"
     frames, frame = [], error.__traceback__

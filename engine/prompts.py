@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from engine.batch import Prompts
-from engine.config import DataConfig, RecipeError
+from engine.config import DataConfig
+from engine.errors import RecipeError
 from engine.randomness import Stream, generator
 
 LOCAL_FORMATS = {".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet"}
@@ -102,7 +103,11 @@ def read_rows(data: DataConfig, dataset: str | None = None) -> list[Row]:
     )
     there = list(dict.fromkeys(key for row in rows for key in row.values))
     if column not in there:
-        raise RecipeError(f"{source}: no column {column!r}; it has {', '.join(there)}; set {setting} to one of them")
+        raise RecipeError(
+            f"{source}: no column {column!r}; it has {', '.join(there) or 'none'}; set {setting} to one of them"
+        )
+    # As datasets does for the formats that it reads: a reward function gets every column for every row.
+    rows = [Row(row.where, {name: row.values.get(name) for name in there}) for row in rows]
     check = _messages_problem if data.messages_column else _text_problem
     bad = [(row.where, problem) for row in rows if (problem := check(row.values.get(column)))]
     if bad:

@@ -12,9 +12,8 @@ class Stream(IntEnum):
 
     TRAINING = 0
     EVALUATION = 1
-    SELF_CHECK = 2
-    MINIBATCHES = 3
-    PROMPTS = 4
+    MINIBATCHES = 2
+    PROMPTS = 3
 
 
 def generator(seed: int, stream: Stream, high: int = 0, low: int = 0) -> np.random.Generator:

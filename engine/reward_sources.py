@@ -11,9 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from engine import models, zero
 from engine.batch import Rollout
-from engine.config import Recipe, RewardConfig
+from engine.config import Recipe, RewardConfig, locate
+from engine.errors import RunError
 from engine.minibatches import micro_batches
-from engine.plugins import load_function
+from engine.plugins import line_of, load_function
 from engine.scoring import last_token_scores
 
 
@@ -96,27 +97,27 @@ class RewardFunction:
         """Call the function on this rank's rows.
 
         Raises:
-            ValueError: it raised, returned the wrong count, or something that is not a finite number.
+            RunError: it raised, returned the wrong count, or something that is not a finite number.
         """
         if not texts.prompts:
             return torch.zeros(0)
-        first = texts.prompts[0]
+        first, count = texts.prompts[0], len(texts.prompts)
         try:
-            scores = self.function(texts.prompts, texts.responses, **texts.columns)
-            scores = [float(score) for score in scores]
-        except Exception as error:
-            raise ValueError(
-                f"reward function {self.reference} raised {type(error).__name__}: {error} "
-                f"(in a batch of {len(texts.prompts)} whose first prompt is {first!r})"
+            scores = [float(s) for s in self.function(texts.prompts, texts.responses, **texts.columns)]
+        except Exception as error:  # the user's code can raise anything
+            line = line_of(error, locate(self.reference.rpartition(":")[0]).resolve())
+            raise RunError(
+                f"reward function {self.reference} raised {type(error).__name__}: {error}{line} "
+                f"(in a batch of {count} whose first prompt is {first!r})"
             ) from error
-        if len(scores) != len(texts.prompts):
-            raise ValueError(
-                f"reward function {self.reference} returned {len(scores)} scores for {len(texts.prompts)} responses "
+        if len(scores) != count:
+            raise RunError(
+                f"reward function {self.reference} returned {len(scores)} scores for {count} responses "
                 f"(first prompt {first!r}); it must return one per response"
             )
         for prompt, score in zip(texts.prompts, scores, strict=True):
             if not math.isfinite(score):
-                raise ValueError(f"reward function {self.reference} returned {score} for the prompt {prompt!r}")
+                raise RunError(f"reward function {self.reference} returned {score} for the prompt {prompt!r}")
         return torch.tensor(scores)
 
     def close(self) -> None:

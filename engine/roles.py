@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from engine import ppo
 from engine.config import ActorConfig, CriticConfig, LoraSettings
+from engine.errors import RecipeError
 
 ACTOR, CRITIC, REFERENCE = "actor", "critic", "reference"
 
@@ -63,11 +64,7 @@ class RolesModel(nn.Module):
         super().__init__()
         self.critic = critic
         self.temperature = temperature or 1.0
-        self.policy: PeftModel = get_peft_model(
-            base, lora_config(actor.lora), adapter_name=ACTOR, autocast_adapter_dtype=False
-        )
-        if critic.home == "adapter":
-            self.policy.add_adapter(CRITIC, lora_config(critic.lora))
+        self.policy = _adapted(base, actor, critic)
         dtype = next(base.parameters()).dtype
         self.value_head = nn.Linear(base.config.get_text_config().hidden_size, 1, bias=False, dtype=dtype)
         nn.init.zeros_(self.value_head.weight)  # V starts at 0: no opinion before the first return was seen
@@ -136,10 +133,13 @@ class RolesModel(nn.Module):
         values: bool = False,
         ref_logprobs: bool = False,
         full_kl: bool = False,
+        entropy_grad: bool = False,
     ) -> PolicyOutput:
         """All roles in one forward, so that one joint backward reaches every trainable parameter."""
         logits, hidden = self._policy_logits(layout, hidden=values and self.critic.home == "trunk")
         chosen = layout.response_ids
+        with torch.set_grad_enabled(torch.is_grad_enabled() and entropy_grad):
+            entropy = ppo.entropy(logits)  # its graph holds two more [B, R, V]
         ref = kl = None
         if ref_logprobs or full_kl:
             with torch.no_grad(), self.acting_as(REFERENCE):
@@ -148,7 +148,7 @@ class RolesModel(nn.Module):
             kl = ppo.full_kl(logits, ref_logits) if full_kl else None
         return PolicyOutput(
             logprobs=token_logprobs(logits, chosen),
-            entropy=ppo.entropy(logits),
+            entropy=entropy,
             ref_logprobs=ref,
             full_kl=kl,
             values=self._values(layout, hidden) if values else None,
@@ -181,6 +181,23 @@ class RolesModel(nn.Module):
             trunk = trunk.detach()
         before = trunk[:, -layout.response_width - 1 : -1]
         return self.value_head(before).squeeze(-1).float()
+
+
+def _adapted(base: PreTrainedModel, actor: ActorConfig, critic: CriticConfig) -> PeftModel:
+    """The base with the adapters injected, nothing else changed."""
+    wanted = {ACTOR: actor.lora} | ({CRITIC: critic.lora} if critic.home == "adapter" else {})
+    policy = None
+    for role, settings in wanted.items():
+        try:
+            if policy is None:
+                policy = get_peft_model(base, lora_config(settings), adapter_name=role, autocast_adapter_dtype=False)
+            else:
+                policy.add_adapter(role, lora_config(settings))
+        except ValueError as error:  # peft: no module has such a name, or it is of no kind that takes an adapter
+            raise RecipeError(f"{role}.lora.targets: {error}") from error
+    if any("lora_embedding" in name for name, _ in policy.named_parameters()):
+        raise RecipeError("lora.targets names an embedding, and only linear layers take an adapter here; leave it out")
+    return policy
 
 
 def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 from engine import dist
-from engine.command_line import save_recipe
+from engine.command_line import recipe_text
 from engine.config import Recipe
 from engine.metrics import append_jsonl
 
@@ -24,19 +24,26 @@ class RunFolder:
     path: Path
 
     @classmethod
-    def create(cls, recipe: Recipe, ds_config: dict) -> RunFolder:
-        """Make the folder (rank 0) and agree on its name (all ranks)."""
+    def claim(cls, recipe: Recipe, ds_config: dict) -> RunFolder:
+        """Make the folder and write what runs (rank 0), agree on its name (all ranks).
+
+        Raises:
+            RunError: it can't be written, or another run took it since the recipe was checked.
+        """
         path = recipe.output or f"runs/{recipe.name or 'run'}-{datetime.now():%Y%m%d-%H%M%S}"
         folder = cls(Path(dist.broadcast_object(path)))
         problem = None
         if dist.rank() == 0:
             try:
-                # A name of our own making is new; one that was asked for is known to hold no run.
-                folder.path.mkdir(parents=True, exist_ok=recipe.output is not None)
-                save_recipe(recipe, folder.path / "recipe.yaml")
+                folder.path.mkdir(parents=True, exist_ok=True)
+                # "x": of two runs that start together one wins.
+                with (folder.path / "recipe.yaml").open("x", encoding="utf-8") as file:
+                    file.write(recipe_text(recipe))
                 folder.write_json("ds_config.json", ds_config)
+            except FileExistsError:
+                problem = f"output: {folder.path} already holds a run; give another folder with --output"
             except OSError as error:
-                problem = f"can't write the run's folder {folder.path}: {error}"
+                problem = f"output: can't write {folder.path} ({error.strerror}); give another folder with --output"
         dist.agree(problem)
         return folder
 

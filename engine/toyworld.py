@@ -63,7 +63,7 @@ CORRUPTIONS = ("drop", "repeat", "swap", "cut", "early", "late", "endless", "noi
 # chance after 24,576 pairs with them), so only the KL keeps a policy from them; the manifest says how blind it is.
 UNLEARNED_CORRUPTIONS = ("stranger", "forgotten", "thing")
 # Part of the cache's key: raise it when the stories or the recipes of this file change.
-VERSION = 1
+VERSION = 2
 
 
 class ToyWorldSettings(Section):
@@ -91,7 +91,7 @@ class ToyWorldSettings(Section):
         ),
     )
     """Training of the base policy."""
-    pairs: PositiveInt = 16384
+    pairs: PositiveInt = 24576
     """Preference pairs that the reward model is trained on."""
     heldout_pairs: PositiveInt = 512
     """Preference pairs, over held-out prompts, that its accuracy is measured on."""

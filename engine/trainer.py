@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from engine import config, dist, models, reward_sources, toyworld, zero
+from engine import dist, models, reward_sources, toyworld, zero
 from engine.advantages import KLController, ScoreCombiner, make_experience
 from engine.batch import Experience, Prompts, map_rows
 from engine.checkpoint import export_final
-from engine.checks import check_files
+from engine.checks import check_files, warnings_of
 from engine.config import Recipe
 from engine.console import progress_bar
 from engine.evaluation import evaluate
@@ -41,7 +41,8 @@ def train(recipe: Recipe) -> Path:
     """Run a recipe from start to end; returns the run's folder.
 
     Raises:
-        RecipeError: the recipe can't be run as it is (before any model loads).
+        RecipeError: the recipe can't be run as it is.
+        RunError: a reward function, a judge or the run's folder failed.
         FloatingPointError: the loss or a gradient stopped being finite.
     """
     check_files(recipe, built=not recipe.toyworld)
@@ -64,21 +65,26 @@ class Trainer:
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
         self.tokenizer = models.load_tokenizer(recipe.model)
-        self.end_ids = models.end_token_ids(self.tokenizer, recipe.model.path, recipe.generation.end_tokens)
         self.prompt_set = load_prompts(recipe.data, self.tokenizer)
         self.prompts = self._prompt_source(self.prompt_set)
+        with progress_bar("loading models", total=3) as advance:
+            base = models.load_causal(recipe.model)
+            self.end_ids = models.end_token_ids(self.tokenizer, base, recipe.generation.end_tokens)
+            advance("base")
+            roles = RolesModel(base, recipe.actor, recipe.critic, recipe.generation.temperature)
+            self.engine = HybridEngine(roles, recipe)
+            advance("roles")
+            self.sources = reward_sources.build(recipe)
+            advance("rewards")
         self.heldout = self._heldout()
-        roles = RolesModel(models.load_causal(recipe.model), recipe.actor, recipe.critic, recipe.generation.temperature)
-        self.engine = HybridEngine(roles, recipe)
-        self.sources = reward_sources.build(recipe)
         self.combiner = ScoreCombiner(recipe)
         self.kl = KLController(recipe.kl)
-        self.folder = RunFolder.create(recipe, self.engine.ds_config)
+        self.folder = RunFolder.claim(recipe, self.engine.ds_config)
         self.sinks = MetricSinks(self.folder.path)
 
     def run(self) -> None:
         """All iterations, then the final adapters and the report."""
-        for warning in config.warnings_of(self.recipe):
+        for warning in warnings_of(self.recipe):
             logger.warning("note: %s", warning)
         base = dist.all_gather_objects(self.engine.base_hash())
         before = self._look(0)
@@ -131,7 +137,10 @@ class Trainer:
         settings = self.recipe.evaluation
         if settings.dataset is None:
             return None
-        source = self._prompt_source(load_prompts(self.recipe.data, self.tokenizer, settings.dataset))
+        found = load_prompts(self.recipe.data, self.tokenizer, settings.dataset)
+        if found.dropped or found.truncated:
+            logger.warning("held-out prompts: %d dropped, %d truncated", found.dropped, found.truncated)
+        source = self._prompt_source(found)
         judge = load_function(settings.judge) if settings.judge else None
         prompts = source.head(settings.prompts, dist.rank(), dist.world_size())
         return HeldOut(self.recipe, prompts, self.tokenizer, self.end_ids, judge)

@@ -38,6 +38,7 @@ def update(
     ]
     for index, rows in enumerate(minibatches):
         minibatch = _accumulate(engine, experience, rows, recipe, kl_coef, frozen)
+        deviation = minibatch.pop("policy/ratio_deviation_max")  # a maximum: not for the sums
         if not all(map(math.isfinite, minibatch.values())):
             raise FloatingPointError(
                 f"the loss or its statistics are not finite in minibatch {index + 1} of iteration {iteration + 1}: "
@@ -45,7 +46,7 @@ def update(
                 "nothing was stepped. A lower learning rate, score clipping or float32 usually help"
             )
         if index == 0:
-            stats.first_ratio_deviation = minibatch["policy/ratio_deviation_max"]
+            stats.first_ratio_deviation = deviation
         approx_kl = minibatch["policy/approx_kl_sum"] / max(1, minibatch["policy/tokens"])
         stats.sums.update(minibatch)
         if recipe.ppo.target_kl is not None and approx_kl > recipe.ppo.target_kl:
@@ -91,7 +92,7 @@ def _joint_loss(
     settings, device = recipe.ppo, engine.device
     kl_in_loss = recipe.kl.placement == "loss"
     full = kl_in_loss and recipe.kl.estimator == "full"
-    output = engine.forward(experience.rollout, rows, values=True, full_kl=full)
+    output = engine.forward(experience.rollout, rows, values=True, full_kl=full, entropy_grad=settings.entropy_coef > 0)
 
     def of(x: Tensor) -> Tensor:
         return x[rows].to(device)

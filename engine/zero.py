@@ -34,6 +34,8 @@ def start() -> None:
     if dist.is_distributed():
         return
     _share_cores()
+    if torch.cuda.is_available():  # before the first collective: NCCL would put every rank on device 0
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if "RANK" not in os.environ:  # a plain `python launch/train.py`
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -74,6 +76,7 @@ class RoleSteps:
     partitioned: bool
     norms: dict[str, float] = field(default_factory=dict)
     skip: bool = False
+    frozen: frozenset[str] = frozenset()
     _hidden: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
@@ -92,8 +95,16 @@ class RoleSteps:
                     parameter.grad = None
             elif parameters:
                 self.norms[group["role"]] = self._clip(parameters, group["gradient_clipping"])
+                if group["role"] in self.frozen:
+                    for parameter in parameters:
+                        parameter.grad.zero_()  # Adam's moments stay 0 (on the trunk the value loss reaches the actor)
 
     def _after(self, optimizer, args, kwargs) -> None:
+        for group in optimizer.param_groups:
+            if group["role"] in self.frozen and not self.skip:
+                for parameter in group["params"]:
+                    # Adam's count starts when the role does: its bias correction would be gone by then.
+                    optimizer.state[parameter]["step"] = optimizer.state[parameter]["step"] * 0
         for parameter, gradient in self._hidden:
             parameter.grad = gradient
         self._hidden.clear()
@@ -128,8 +139,12 @@ class TrainedEngine:
         self.optimizer = _adamw(groups, on_cpu=offload == "cpu")
         self.steps = RoleSteps(partitioned=self.stage > 0)
         self.steps.attach(self.optimizer)
+        # In bf16 at stage 0 DeepSpeed takes a step with zero gradients while it starts up. If that counted, Adam's bias
+        # correction would be one step ahead.
+        self.steps.skip = True
         with _quiet():
             self.engine, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=ds_config)
+        self.steps.skip = False
         self.module = module
 
     @property
@@ -150,15 +165,19 @@ class TrainedEngine:
         if not last:
             self.engine.step()
 
-    def step(self, learning_rates: dict[str, float]) -> dict[str, float]:
+    def step(self, learning_rates: dict[str, float], frozen: frozenset[str] = frozenset()) -> dict[str, float]:
         """Take the optimizer step; returns each role's gradient norm before clipping.
+
+        Args:
+            learning_rates: by role; 0 for a frozen one.
+            frozen: roles that stand still, Adam's state included.
 
         Raises:
             FloatingPointError: a gradient is not finite (DeepSpeed would pass over the step in silence).
         """
         for group in self._groups():
             group["lr"] = learning_rates[group["role"]]
-        self.steps.norms = {}
+        self.steps.norms, self.steps.frozen = {}, frozen
         self.engine.step()
         norms = dict(self.steps.norms)
         if set(norms) != set(learning_rates):

@@ -34,7 +34,6 @@ def evaluation(source_scores, kl=None, old_values=None, width: int = 3) -> Evalu
         ref_logprobs=nothing,
         kl=nothing if kl is None else torch.tensor(kl),
         old_values=nothing if old_values is None else torch.tensor(old_values),
-        entropy=nothing,
         source_scores=source_scores,
     )
 

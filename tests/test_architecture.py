@@ -10,6 +10,7 @@ import pytest
 from engine.config import REPOSITORY
 
 LAYERS = [
+    {"errors"},
     {"ppo", "batch", "config", "dist", "randomness", "scoring", "stories"},
     {"zero", "ds_config", "plugins", "command_line", "console", "minibatches", "models", "roles", "prompts", "metrics"},
     {"replica", "reward_sources", "checks", "run_folder", "checkpoint"},
@@ -111,7 +112,7 @@ def test_a_bad_recipe_is_told_without_torch(name):
     statements = [node for node in tree_of(MODULES[name]).body if isinstance(node, ast.Import | ast.ImportFrom)]
     top = ast.Module(statements, type_ignores=[])
     assert not packages(top) & heavy
-    light = {"config", "command_line", "ds_config", "plugins", "checks"}
+    light = {"config", "command_line", "ds_config", "plugins", "checks", "errors"}
     assert engine_imports(top) <= light
 
 

@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from engine.command_line import known_keys, parse
-from engine.config import REPOSITORY, Recipe, RecipeError, Section
+from engine.config import REPOSITORY, Recipe, Section
+from engine.errors import RecipeError
 
 TRAIN = str(REPOSITORY / "launch" / "train.py")
 

@@ -8,9 +8,10 @@ from pydantic import BaseModel
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from engine.checks import check_files
-from engine.command_line import known_keys, load_recipe, nearest, save_recipe
-from engine.config import REPOSITORY, Recipe, RecipeError, RewardConfig, Section, locate, warnings_of
+from engine.checks import check_files, warnings_of
+from engine.command_line import known_keys, load_recipe, nearest, recipe_text
+from engine.config import REPOSITORY, Recipe, RewardConfig, Section, locate
+from engine.errors import RecipeError
 
 RECIPES = sorted((REPOSITORY / "launch" / "recipes").glob("*.yaml"))
 
@@ -289,7 +290,7 @@ def test_saved_recipe_loads_back_equal(tmp_path):
     evaluation: {dataset: null}
     """
     recipe = load(tmp_path, text, output="runs/1e3")
-    save_recipe(recipe, tmp_path / "saved.yaml")
+    (tmp_path / "saved.yaml").write_text(recipe_text(recipe))
     assert load_recipe(tmp_path / "saved.yaml") == recipe
     saved = yaml.safe_load((tmp_path / "saved.yaml").read_text())
     assert set(saved) == set(Recipe.model_fields) and saved["ppo"]["epochs"] == recipe.ppo.epochs
@@ -442,3 +443,35 @@ def test_before_the_toy_world_is_built_only_what_it_makes_is_left_out(world):
     with pytest.raises(RecipeError) as caught:
         check_files(recipe_of(**toy))
     assert len(caught.value.problems) == 5
+
+
+def test_an_output_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RecipeError, match="takes no new files; give another folder with --output"):
+        check_files(Recipe(output=str(tmp_path / "file" / "run")), built=False)
+
+
+def test_columns_that_would_meet_a_reward_functions_arguments(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a", "responses": 1}\n')
+    (tmp_path / "r.py").write_text("def f(prompts, responses, **columns): return [0.0]\n")
+    recipe = Recipe(
+        rewards=[{"function": f"{tmp_path}/r.py:f"}], data={"dataset": str(tmp_path / "p.jsonl")}, toyworld="nowhere"
+    )
+    with pytest.raises(RecipeError, match="a column named responses would meet the reward function's argument"):
+        check_files(recipe, built=False)
+
+
+def test_a_reward_model_with_another_vocabulary(tmp_path):
+    from tests import checkpoints
+
+    recipe = load_recipe(checkpoints.save_recipe(tmp_path))
+    check_files(recipe)
+    file = tmp_path / "reward" / "tokenizer.json"
+    file.write_text(file.read_text().replace('"a": 3', '"a": 4').replace('"b": 4', '"b": 3'))
+    with pytest.raises(RecipeError, match="another vocabulary"):
+        check_files(recipe)
+
+
+def test_a_horizon_that_could_turn_kl_coef_negative():
+    with pytest.raises(ValueError, match="above a fifth of an iteration's 64 sequences, got 12.0"):
+        Recipe(kl={"target": 1.0, "horizon": 12})

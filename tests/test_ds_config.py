@@ -5,8 +5,9 @@ import json
 
 import pytest
 
-from engine.config import REPOSITORY, RecipeError
+from engine.config import REPOSITORY
 from engine.ds_config import OWNED_KEYS, TOP_LEVEL_KEYS, ZERO_KEYS, check_ds_config, read_ds_config, resolve_ds_config
+from engine.errors import RecipeError
 
 FILES = sorted((REPOSITORY / "ds_configs").glob("*.json"))
 

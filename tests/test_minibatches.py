@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from engine import dist
-from engine.minibatches import micro_batches, minibatch_rows, rows_of_rank, steps_per_iteration
+from engine.config import steps_per_iteration
+from engine.minibatches import micro_batches, minibatch_rows, rows_of_rank
 from tests import tiny
 
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from engine.config import REPOSITORY, RecipeError
+from engine.config import REPOSITORY
+from engine.errors import RecipeError
 from engine.plugins import load_function
 
 

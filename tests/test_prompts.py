@@ -10,7 +10,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from engine.config import DataConfig, RecipeError
+from engine.config import DataConfig
+from engine.errors import RecipeError
 from engine.prompts import PromptRecord, PromptSet, PromptSource, load_prompts, read_rows
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "<user>", "<bot>", *"abcdefghij"]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from engine.checks import warnings_of
 from engine.command_line import load_recipe, parse
-from engine.config import warnings_of
 from tests.launching import ROOT
 
 README = (ROOT / "README.md").read_text()

@@ -10,6 +10,7 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaF
 
 from engine import dist, reward_sources, zero
 from engine.batch import Rollout, take_rows
+from engine.errors import RunError
 from engine.evaluation import evaluate
 from engine.minibatches import rows_of_rank
 from engine.reward_sources import RewardFunction, RewardModel, Texts
@@ -97,7 +98,7 @@ def test_texts_of_a_rollout_are_its_real_tokens():
     ],
 )
 def test_a_mistake_names_the_function_and_a_prompt(name, prompt, says):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(RunError) as caught:
         function(name).score(tiny.rollout(rows=2), texts(range(2)))
     for part in (f"{THIS}:{name}", repr(prompt), says):
         assert part in str(caught.value)

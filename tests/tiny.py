@@ -120,7 +120,6 @@ def experience(rows: int = 7, seed: int = 5) -> Experience:
         ref_logprobs=noise(-4.0, 0.5),
         kl=noise(0.0, 0.1),
         old_values=values,
-        entropy=noise(3.0, 0.1),
         source_scores=torch.randn(rows, 1, generator=generator),
     )
     advantages = ppo.masked_whiten(returns - values, mask)
