@@ -38,12 +38,12 @@ def update(
     ]
     for index, rows in enumerate(minibatches):
         minibatch = _accumulate(engine, experience, rows, recipe, kl_coef, frozen)
+        where = f"iteration {iteration + 1}, minibatch {index + 1}"
         deviation = minibatch.pop("policy/ratio_deviation_max")  # a maximum: not for the sums
         if not all(map(math.isfinite, minibatch.values())):
             raise FloatingPointError(
-                f"the loss or its statistics are not finite in minibatch {index + 1} of iteration {iteration + 1}: "
-                f"{dict(minibatch)}; "
-                "nothing was stepped. A lower learning rate, score clipping or float32 usually help"
+                f"{where}: the loss or its statistics are not finite, and nothing was stepped ({dict(minibatch)}); a "
+                "lower learning rate, score clipping or float32 usually help"
             )
         if index == 0:
             stats.first_ratio_deviation = deviation
@@ -54,7 +54,11 @@ def update(
             stats.skipped = len(minibatches) - index
             break
         stats.learning_rates = engine.learning_rates(frozen)
-        for role, norm in engine.step(frozen).items():
+        try:
+            norms = engine.step(frozen)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{where}: {error}") from error
+        for role, norm in norms.items():
             stats.grad_norms.setdefault(role, []).append(norm)
         stats.steps += 1
     return stats

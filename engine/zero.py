@@ -175,7 +175,7 @@ class TrainedEngine:
         Raises:
             FloatingPointError: a gradient is not finite (DeepSpeed would pass over the step in silence).
         """
-        for group in self._groups():
+        for group in self.optimizer.param_groups:
             group["lr"] = learning_rates[group["role"]]
         self.steps.norms, self.steps.frozen = {}, frozen
         self.engine.step()
@@ -191,10 +191,6 @@ class TrainedEngine:
             self.engine.step()
         finally:
             self.steps.skip = False
-
-    def _groups(self) -> list[dict]:
-        # ZeRO-3 may rebuild the groups; the rate must reach whatever the optimizer reads.
-        return self.optimizer.param_groups
 
     def close(self) -> None:
         """Give back hooks and buffers."""
