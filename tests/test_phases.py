@@ -29,6 +29,13 @@ def on_stage(stage: str, **sections) -> dict:
     return {"zero": {"ds_config": f"ds_configs/{stage}.json"}, **sections}
 
 
+def weights(engine, *wanted: str) -> torch.Tensor:
+    """All trained weights of some roles, flat and whole (a collective)."""
+    parameters = [p for role in wanted for p in engine.roles.role_parameters(role).values()]
+    with torch.no_grad(), zero.gathered(parameters):
+        return torch.cat([p.detach().flatten().clone() for p in parameters])
+
+
 @contextlib.contextmanager
 def no_collectives():
     """torch.distributed refuses to communicate inside."""
@@ -211,17 +218,11 @@ def frozen_actor(stage: str) -> dict:
     """Critic warm-up: the actor stands still to the byte, weight decay or not, and then moves."""
     recipe = tiny.recipe(**on_stage(stage))
     engine = tiny.engine(recipe)
-
-    def read(role):
-        parameters = engine.roles.role_parameters(role)
-        with zero.gathered(parameters.values()):
-            return torch.cat([p.detach().flatten().clone() for p in parameters.values()])
-
     found = {"schedule": []}
     for name, frozen in (("frozen", frozenset({ACTOR})), ("moving", frozenset())):
-        before = {role: read(role) for role in (ACTOR, CRITIC)}
+        before = {role: weights(engine, role) for role in (ACTOR, CRITIC)}
         update(engine, tiny.experience(), recipe, 0, 0.0, frozen)
-        found[name] = {role: bool((read(role) != before[role]).any()) for role in before}
+        found[name] = {role: bool((weights(engine, role) != before[role]).any()) for role in before}
         found["schedule"].append(dict(engine.role_steps))
     engine.close()
     return found
@@ -244,9 +245,7 @@ def steps_after_warmup(stage: str, home: str, frozen_updates: int) -> list[torch
     found = []
     for _ in range(2):
         update(engine, tiny.experience(), recipe, 0, 0.0, frozenset())
-        parameters = engine.roles.role_parameters(ACTOR)
-        with zero.gathered(parameters.values()):
-            found.append(torch.cat([p.detach().flatten().clone() for p in parameters.values()]))
+        found.append(weights(engine, ACTOR))
     engine.close()
     return found
 
@@ -267,9 +266,7 @@ def value_coefs(home: str) -> list[torch.Tensor]:
         recipe = tiny.recipe(**on_stage("zero3", critic={"home": home}, ppo={"value_coef": coefficient}))
         engine = tiny.engine(recipe)
         update(engine, tiny.experience(), recipe, 0, 0.0, frozenset())
-        parameters = engine.roles.role_parameters(ACTOR)
-        with zero.gathered(parameters.values()):
-            found.append(torch.cat([p.detach().flatten().clone() for p in parameters.values()]))
+        found.append(weights(engine, ACTOR))
         engine.close()
     return found
 
@@ -286,24 +283,17 @@ def kl_stop(stage: str) -> dict:
     plain = tiny.experience()
     recipe = tiny.recipe(**on_stage(stage, ppo={"target_kl": 1e-9}))
     engine = tiny.engine(recipe)
-    parameters = {n: p for r in (ACTOR, CRITIC) for n, p in engine.roles.role_parameters(r).items()}
-
-    def read():
-        with zero.gathered(parameters.values()):
-            return torch.cat([p.detach().flatten().clone() for p in parameters.values()])
-
-    start = read()
+    start = weights(engine, ACTOR, CRITIC)
     stats = update(engine, plain, recipe, 0, 0.0, frozenset())
-    stopped = read()
+    stopped = weights(engine, ACTOR, CRITIC)
     # The discarded gradients must not leak into the next step.
     free = tiny.recipe(**on_stage(stage))
     update(engine, plain, free, 0, 0.0, frozenset())
-    after = read()
+    after = weights(engine, ACTOR, CRITIC)
     engine.close()
     other = tiny.engine(free)
-    parameters = {n: p for r in (ACTOR, CRITIC) for n, p in other.roles.role_parameters(r).items()}
     update(other, plain, free, 0, 0.0, frozenset())
-    undisturbed = read()
+    undisturbed = weights(other, ACTOR, CRITIC)
     other.close()
     return {
         "steps": stats.steps,
@@ -341,7 +331,8 @@ def poisoned(what: str) -> str:
 @pytest.mark.parametrize("what", ["advantages", "returns"])
 def test_a_loss_that_is_not_finite_stops_before_the_step(pool, what):
     for message in pool.run(poisoned, what):
-        assert "not finite" in message and "iteration 5" in message
+        assert "iteration 5, minibatch" in message
+        assert "the loss or its statistics are not finite, and nothing was stepped" in message
 
 
 def overflowing_gradient(stage: str) -> tuple[str, bool]:
