@@ -26,6 +26,7 @@ class Prompts:
     prompt_lengths: Tensor  # [B] int64, at least 1
     draws: Tensor  # [B] int64, prompts drawn since the run began: never repeats
     samples: Tensor  # [B] int64, index among the responses to the same prompt
+    max_new_tokens: Tensor  # [B] int64, at least 1: the longest response that this prompt may get
     texts: tuple[str, ...]  # B prompts as text
     columns: tuple[dict, ...]  # B rows of the dataset's other columns
 
@@ -33,6 +34,7 @@ class Prompts:
         rows = self.prompt_ids.shape[0]
         for name, value in vars(self).items():
             assert len(value) == rows, f"{name} has other rows than prompt_ids"
+        assert rows == 0 or int(self.max_new_tokens.min()) >= 1, "a prompt that may get no response"
 
     @property
     def prompt_mask(self) -> Tensor:
@@ -50,8 +52,8 @@ class Rollout:
     prompt_ids: Tensor  # [B, P] int64, padded on the left
     prompt_lengths: Tensor  # [B] int64
     response_ids: Tensor  # [B, R] int64, padded on the right
-    response_lengths: Tensor  # [B] int64, the end token included
-    ended: Tensor  # [B] bool, an end token came before the limit
+    response_lengths: Tensor  # [B] int64, what ended it included
+    ended: Tensor  # [B] bool, an end token or a stop string came before the limit
     sampler_logprobs: Tensor  # [B, R] float32, as the sampler saw them
     draws: Tensor  # [B] int64
     samples: Tensor  # [B] int64
@@ -126,7 +128,9 @@ class UpdateStats:
     learning_rates: dict[str, float] = field(default_factory=dict)
     """By role, at the last optimizer step."""
     steps: int = 0
-    """Optimizer steps taken."""
+    """Minibatches that reached the optimizer."""
+    overflows: int = 0
+    """Steps among them that a role passed over because its float16 gradient overflowed."""
     skipped: int = 0
     """Minibatches that the KL stop passed over."""
 

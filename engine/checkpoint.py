@@ -1,4 +1,4 @@
-"""What a run keeps of its weights: adapters that load in plain peft, and the value head beside the critic's."""
+"""What a run keeps of its weights, in forms that plain peft and transformers load."""
 
 from __future__ import annotations
 
@@ -6,38 +6,68 @@ import json
 from pathlib import Path
 
 import torch
-from peft import get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from engine import dist, zero
-from engine.roles import ACTOR, CRITIC, RolesModel
+from engine.config import Recipe
+from engine.hybrid_engine import HybridEngine
+from engine.roles import ACTOR, CRITIC, RolesModel, ValueModel
+
+VALUE_HEAD = "value_head.weight"
 
 
-def export_final(roles: RolesModel, folder: Path, base_path: str) -> None:
+def export_final(engine: HybridEngine, folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write `folder/actor` and `folder/critic` (a collective: ZeRO-3 shards are gathered; rank 0 writes).
 
-    actor/ loads with `PeftModel.from_pretrained(base, folder / "actor")`. critic/ is an adapter of the same form (with
-    critic.home adapter) and value_head.safetensors, a `[1, hidden]` weight applied to the last hidden states.
+    A role that trained an adapter leaves a peft adapter, `PeftModel.from_pretrained(base, folder / "actor")`; one that
+    trained in full leaves a whole model with its tokenizer. A critic on the shared base leaves value_head.safetensors
+    too, a `[1, hidden]` weight applied to the last hidden states; one of its own is a sequence classifier.
     """
-    for role in (ACTOR, CRITIC):
-        parameters = roles.role_parameters(role)
-        with torch.no_grad(), zero.gathered(parameters.values()):
-            weights = {name: p.detach().cpu().clone().contiguous() for name, p in parameters.items()}
+    for role, base in ((ACTOR, recipe.model.path), (CRITIC, recipe.critic_path)):
+        home, weights = engine.home(role), _whole(engine, role)
         if dist.rank() == 0:
-            _write(roles, role, weights, folder / role, base_path)
+            (folder / role).mkdir(parents=True)
+            head = weights.pop(VALUE_HEAD, None)
+            if head is not None:
+                save_file({"weight": head}, folder / role / "value_head.safetensors")
+                about = {"home": recipe.critic.home, "base": base}
+                (folder / role / "value_head.json").write_text(json.dumps(about, indent=2))
+            if weights:
+                _write(home, role, weights, folder / role, base, tokenizer)
     dist.barrier()
 
 
-def _write(roles: RolesModel, role: str, weights: dict[str, torch.Tensor], folder: Path, base_path: str) -> None:
-    folder.mkdir(parents=True)
-    head = weights.pop("value_head.weight", None)
-    if head is not None:
-        save_file({"weight": head}, folder / "value_head.safetensors")
-        (folder / "value_head.json").write_text(json.dumps({"home": roles.critic.home, "base": base_path}, indent=2))
-    if weights:
-        # peft nests the files of an adapter that isn't called default in a folder of its name: write them flat instead.
-        state = get_peft_model_state_dict(roles.policy, state_dict=weights, adapter_name=role)
-        save_file(state, folder / "adapter_model.safetensors")
-        config = roles.policy.peft_config[role]
-        config.base_model_name_or_path, config.inference_mode = base_path, True
-        config.save_pretrained(str(folder))
+def _whole(engine: HybridEngine, role: str) -> dict[str, Tensor]:
+    """What a role trains, whole, on rank 0; one tensor at a time, since a role can be a whole model."""
+    weights = {}
+    for name, parameter in engine.role_parameters(role).items():
+        with torch.no_grad(), zero.gathered([parameter]):
+            if dist.rank() == 0:
+                weights[name] = parameter.detach().cpu().clone().contiguous()
+    return weights
+
+
+def _write(
+    home: RolesModel | ValueModel,
+    role: str,
+    weights: dict[str, Tensor],
+    folder: Path,
+    base: str,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    if not isinstance(home.policy, PeftModel):
+        buffers = {name: buffer for name, buffer in home.policy.state_dict().items() if name not in weights}
+        tied = set(buffers) & {name for name, _ in home.policy.named_parameters(remove_duplicate=False)}
+        state = weights | {name: buffer for name, buffer in buffers.items() if name not in tied}
+        home.policy.save_pretrained(folder, state_dict=state)
+        tokenizer.save_pretrained(folder)
+        return
+    # peft nests the files of an adapter that isn't called default in a folder of its name: write them flat instead.
+    state = get_peft_model_state_dict(home.policy, state_dict=weights, adapter_name=role)
+    save_file(state, folder / "adapter_model.safetensors")
+    config = home.policy.peft_config[role]
+    config.base_model_name_or_path, config.inference_mode = base, True
+    config.save_pretrained(str(folder))

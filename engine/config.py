@@ -6,7 +6,6 @@ become a recipe: `command_line.py`. What can only be checked by opening files: `
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +20,8 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+
+from engine import combinations
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -53,14 +54,16 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """The frozen base model that actor, critic and reference share."""
+    """The base model that roles share, frozen unless the actor trains in full."""
 
     path: str = "runs/toyworld/policy"
     """Folder or hub name of a causal language model and its tokenizer."""
     revision: str | None = None
     """Hub revision (branch, tag or commit); null: the default one."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the weights while computing; DeepSpeed keeps float32 masters of what it trains."""
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    """Frozen linear layers by bitsandbytes: nf4 with double quantization, or int8 (ZeRO stages 0 to 2)."""
     attn_implementation: str | None = None
     """Attention kernel as transformers names it (sdpa, eager, flash_attention_2); null: its default."""
     trust_remote_code: bool = False
@@ -76,6 +79,12 @@ class LoraSettings(Section):
     """The update is scaled by alpha / rank."""
     targets: str | list[str] = "all-linear"
     """Module names that get an adapter, or all-linear for every linear layer but the output head."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (Kalajdzievski 2023)."""
+    dora: bool = False
+    """Train a magnitude per output beside the update (Liu et al. 2024)."""
+    modules_to_save: list[str] = []
+    """Modules trained whole, as a copy of the role's own, such as embed_tokens and lm_head after new tokens."""
 
     @field_validator("targets")
     @classmethod
@@ -116,8 +125,12 @@ class CriticOptimizerSettings(OptimizerSettings):
 class ActorConfig(Section):
     """The policy that PPO trains."""
 
+    train: Literal["lora", "full"] = "lora"
+    """lora: an adapter on the shared base. full: every parameter of the base, which then is no base for others."""
     lora: LoraSettings = LoraSettings()
-    """The actor's adapter."""
+    """The actor's adapter (train lora)."""
+    init_adapter: str | None = None
+    """Folder of a LoRA adapter to start from, as SFT leaves it; its settings replace actor.lora. null: none."""
     optimizer: OptimizerSettings = OptimizerSettings()
     """The actor's AdamW."""
 
@@ -125,34 +138,42 @@ class ActorConfig(Section):
 class CriticConfig(Section):
     """The value function that PPO trains."""
 
-    home: Literal["adapter", "trunk"] = "adapter"
-    """adapter: its own LoRA adapter on the shared base. trunk: a value head on the actor's hidden states."""
+    home: Literal["adapter", "trunk", "model"] = "adapter"
+    """adapter: on the shared base. trunk: a value head on the actor's hidden states. model: a model of its own."""
+    path: str | None = None
+    """With home model: a causal or a reward model, whose score head then starts the value head; null: model.path."""
+    train: Literal["lora", "full"] = "lora"
+    """With home model: an adapter or every parameter."""
     trunk_detach: bool = False
     """With home trunk: the value loss trains the head alone and leaves the actor's layers be."""
     lora: LoraSettings = LoraSettings()
-    """The critic's adapter (home adapter)."""
+    """The critic's adapter (home adapter, or home model with train lora)."""
     optimizer: CriticOptimizerSettings = CriticOptimizerSettings()
     """The critic's AdamW."""
     warmup_iterations: NonNegativeInt = 0
     """First iterations in which only the critic learns; 0: none."""
 
-    @model_validator(mode="after")
-    def _detach_needs_trunk(self):
-        if self.trunk_detach and self.home != "trunk":
-            raise ValueError(
-                f"trunk_detach needs home trunk, got home {self.home}; "
-                "set critic.home to trunk or critic.trunk_detach to false"
-            )
-        return self
+
+class ReferenceConfig(Section):
+    """The frozen policy that the KL is measured against."""
+
+    home: Literal["base", "adapter", "model"] | None = None
+    """base: adapters off. adapter: a frozen one. model: its own. null: a copy of actor.init_adapter, or the base."""
+    path: str | None = None
+    """The adapter's or the model's folder; null: actor.init_adapter or model.path."""
+    offload_param: Literal["none", "cpu"] = "none"
+    """As for a reward; with home model alone."""
 
 
 class RewardConfig(Section):
-    """One source of scores: a model or a Python function."""
+    """One source of scores: a model, an adapter on the shared base, or a Python function."""
 
     name: str | None = Field(None, pattern=r"^[\w.-]+$")
     """Name in the metrics (score/NAME/mean); null: taken from the path or function."""
     model: str | None = None
     """Folder or hub name of a sequence-classification model with one output."""
+    adapter: str | None = None
+    """Folder of a sequence-classification LoRA adapter with one output, trained on the base of model.path."""
     function: str | None = None
     """path/to/file.py:name of f(prompts, responses, **columns) -> list of floats."""
     weight: float = 1.0
@@ -162,11 +183,15 @@ class RewardConfig(Section):
 
     @model_validator(mode="after")
     def _one_kind(self):
-        if (self.model is None) == (self.function is None):
+        kinds = {"model": self.model, "adapter": self.adapter, "function": self.function}
+        given = {kind: value for kind, value in kinds.items() if value is not None}
+        if len(given) != 1:
             raise ValueError(
-                f"a reward is either a model or a function, got model={self.model!r} and "
-                f"function={self.function!r}; give exactly one of the two"
+                "a reward is either a model, an adapter or a function, got "
+                f"{' and '.join(f'{kind}={value!r}' for kind, value in given.items()) or 'none'}; give exactly one"
             )
+        if self.offload_param != "none" and self.model is None:
+            raise ValueError(f"offload_param {self.offload_param} needs a model of its own, got {given}; leave it out")
         return self
 
     @property
@@ -174,7 +199,7 @@ class RewardConfig(Section):
         """The source's name in metrics and messages."""
         if self.name is not None:
             return self.name
-        return self.function.rpartition(":")[2] if self.function else Path(self.model).name
+        return self.function.rpartition(":")[2] if self.function else Path(self.model or self.adapter).name
 
 
 class ScoreConfig(Section):
@@ -267,6 +292,8 @@ class DataConfig(Section):
     """What to do with a longer prompt; dropped and truncated ones are counted."""
     prompts_per_iteration: PositiveInt = 64
     """Prompts drawn for one iteration, over all ranks."""
+    max_new_tokens_column: str | None = None
+    """Column with each prompt's own limit on the response, at most generation.max_new_tokens; null: that for all."""
     samples_per_prompt: PositiveInt = 1
     """Responses sampled for each prompt."""
 
@@ -275,7 +302,7 @@ class GenerationConfig(Section):
     """How the actor samples."""
 
     max_new_tokens: PositiveInt = 48
-    """Longest response; one that reaches it without an end token is truncated."""
+    """Longest response; one that reaches it without an end token or a stop string is truncated."""
     min_new_tokens: NonNegativeInt = 0
     """End tokens are not drawn before this many tokens."""
     temperature: NonNegativeFloat = 1.0
@@ -286,6 +313,8 @@ class GenerationConfig(Section):
     """Draw among the likeliest tokens that hold this much probability; 1: all."""
     end_tokens: list[str] = []
     """Tokens that end a response besides those of the tokenizer and the model's generation config."""
+    stop_strings: list[str] = []
+    """Texts that end a response where they appear in it; what is scored ends before them."""
     batch_sequences: PositiveInt = 64
     """Most sequences of a rank that decode at once."""
 
@@ -337,6 +366,7 @@ class Recipe(Section):
     model: ModelConfig = ModelConfig()
     actor: ActorConfig = ActorConfig()
     critic: CriticConfig = CriticConfig()
+    reference: ReferenceConfig = ReferenceConfig()
     rewards: list[RewardConfig] = Field([RewardConfig(model="runs/toyworld/reward")], min_length=1)
     """Sources of scores; their weighted sum is the score."""
     scores: ScoreConfig = ScoreConfig()
@@ -349,34 +379,30 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self):
-        sequences = self.data.prompts_per_iteration * self.data.samples_per_prompt
-        problems = []
-        if self.ppo.minibatch_sequences > sequences:
-            problems.append(
-                "a minibatch may not exceed the iteration, got ppo.minibatch_sequences "
-                f"{self.ppo.minibatch_sequences} > {sequences} = data.prompts_per_iteration "
-                f"{self.data.prompts_per_iteration} * data.samples_per_prompt {self.data.samples_per_prompt}; "
-                "lower the first or raise one of the others"
-            )
-        if self.critic.warmup_iterations >= self.iterations:
-            problems.append(
-                f"critic warm-up must end within the run, got critic.warmup_iterations {self.critic.warmup_iterations} "
-                f">= iterations {self.iterations}; lower the first or raise the second"
-            )
-        if self.kl.target is not None and sequences >= 5 * self.kl.horizon:
-            problems.append(
-                f"kl.horizon must be above a fifth of an iteration's {sequences} sequences, got {self.kl.horizon}: the "
-                "controller could turn kl_coef negative; raise it"
-            )
-        counts = Counter(reward.label for reward in self.rewards)
-        problems += [
-            f"rewards need distinct names, got {label!r} {count} times; give each a name: of its own"
-            for label, count in counts.items()
-            if count > 1
-        ]
+        problems = combinations.problems_of(self)
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    @property
+    def datasets(self) -> list[str]:
+        """Everything that prompts are read from."""
+        return [self.data.dataset] + ([self.evaluation.dataset] if self.evaluation.dataset else [])
+
+    @property
+    def reference_home(self) -> str:
+        """base, adapter or model, the default decided."""
+        return self.reference.home or ("adapter" if self.actor.init_adapter else "base")
+
+    @property
+    def reference_path(self) -> str:
+        """Where the reference's adapter or model lies."""
+        return self.reference.path or {"adapter": self.actor.init_adapter}.get(self.reference_home, self.model.path)
+
+    @property
+    def critic_path(self) -> str:
+        """Where a critic of its own lies."""
+        return self.critic.path or self.model.path
 
 
 def steps_per_iteration(recipe: Recipe) -> int:

@@ -108,7 +108,7 @@ def check_ds_config(raw: dict) -> list[str]:
             f"gradient_allreduce_op must be mean, got {raw['gradient_allreduce_op']!r}: losses are scaled for the "
             "average over ranks; remove it"
         )
-    for key in ("fp16", "torch_autocast", "hybrid_engine"):
+    for key in ("torch_autocast", "hybrid_engine"):
         if _enabled(raw, key):
             problems.append(
                 f"{key}.enabled must be false, got true; remove it (the recipe's model.dtype sets the type)"
@@ -135,7 +135,7 @@ def resolve_ds_config(raw: dict, *, dtype: str, world_size: int, micro_batch: in
 
     Args:
         raw: a DeepSpeed configuration as read; left as it is.
-        dtype: the recipe's model.dtype, float32 or bfloat16.
+        dtype: the recipe's model.dtype: float32, bfloat16 or float16.
         world_size: ranks.
         micro_batch: most sequences of one forward of one rank. DeepSpeed reports with it, no result depends on it.
         trainable_parameters: elements that train, over all roles and ranks.
@@ -169,16 +169,22 @@ def resolve_ds_config(raw: dict, *, dtype: str, world_size: int, micro_batch: in
 
 
 def _resolve_dtype(config: dict, dtype: str) -> list[str]:
-    name = "bfloat16" if "bfloat16" in config else "bf16"
-    section = config.setdefault(name, {})
-    wanted = dtype == "bfloat16"
-    if not isinstance(section, dict):
-        return [f'{name} must be an object, got {section!r}; write {{"enabled": "auto"}}']
-    given = section.get("enabled", "auto")
-    if given not in ("auto", wanted):
-        return [f'{name}.enabled must be {str(wanted).lower()} = model.dtype {dtype}, got {given!r}; write "auto"']
-    section["enabled"] = wanted
-    return []
+    problems = []
+    for name, wanted in (
+        ("bfloat16" if "bfloat16" in config else "bf16", dtype == "bfloat16"),
+        ("fp16", dtype == "float16"),
+    ):
+        section = config.setdefault(name, {})
+        if not isinstance(section, dict):
+            problems.append(f'{name} must be an object, got {section!r}; write {{"enabled": "auto"}}')
+            continue
+        given = section.get("enabled", "auto")
+        if given not in ("auto", wanted):
+            problems.append(
+                f'{name}.enabled must be {str(wanted).lower()} = model.dtype {dtype}, got {given!r}; write "auto"'
+            )
+        section["enabled"] = wanted
+    return problems
 
 
 def _resolve_zero(config: dict, trainable_parameters: int) -> list[str]:

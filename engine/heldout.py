@@ -18,6 +18,7 @@ from engine.metrics import Metrics
 from engine.randomness import Stream
 from engine.reward_sources import RewardSource, Texts
 from engine.rollout import generate
+from engine.stopping import Stops
 
 
 @dataclass(frozen=True)
@@ -43,19 +44,19 @@ class HeldOut:
         recipe: Recipe,
         prompts: Prompts,
         tokenizer: PreTrainedTokenizerBase,
-        end_ids: tuple[int, ...],
+        stops: Stops,
         judge: Callable[[list[str], list[str]], dict[str, float]] | None,
     ):
-        self.recipe, self.prompts, self.tokenizer, self.end_ids, self.judge = recipe, prompts, tokenizer, end_ids, judge
+        self.recipe, self.prompts, self.tokenizer, self.stops, self.judge = recipe, prompts, tokenizer, stops, judge
 
     def look(self, engine: HybridEngine, sources: list[RewardSource]) -> Look:
         """A collective; every rank gets the whole."""
         recipe = self.recipe
         with engine.generation() as actor:
             rollout = generate(
-                actor, self.prompts, recipe.generation, self.end_ids, recipe.seed, stream=Stream.EVALUATION
+                actor, self.prompts, recipe.generation, self.stops, recipe.seed, stream=Stream.EVALUATION
             )
-        texts = Texts.of(self.prompts, rollout, self.tokenizer)
+        texts = Texts.of(self.prompts, rollout, self.tokenizer, recipe.generation.stop_strings)
         with engine.inference():
             evaluation = evaluate(engine, sources, rollout, texts, recipe.kl, recipe.ppo.micro_batch_sequences)
         rollout, evaluation = (map_rows(record, dist.all_gather_rows) for record in (rollout, evaluation))

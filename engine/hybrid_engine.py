@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from engine import dist, zero
+from engine import dist, models, zero
 from engine.batch import Rollout, length_mask
-from engine.config import OptimizerSettings, Recipe, steps_per_iteration
+from engine.config import ModelConfig, OptimizerSettings, Recipe, steps_per_iteration
 from engine.ds_config import read_ds_config, resolve_ds_config
 from engine.replica import Replica
-from engine.roles import ACTOR, CRITIC, Layout, PolicyOutput, RolesModel
+from engine.roles import ACTOR, CRITIC, Layout, ReferenceModel, RolesModel, RolesOutput, ValueModel
 
 logger = dist.get_logger(__name__)
 
@@ -48,37 +48,74 @@ class Schedule:
 
 
 class HybridEngine:
-    """Actor, critic and reference on one shared base in one DeepSpeed engine.
+    """All roles on their engines: those on the shared base in one, a critic or a reference of its own in another.
 
     Args:
         roles: the module with its adapters, on the CPU.
+        critic: with critic.home model.
+        reference: with reference.home model.
     """
 
-    def __init__(self, roles: RolesModel, recipe: Recipe):
-        self.roles = roles
+    def __init__(
+        self,
+        roles: RolesModel,
+        recipe: Recipe,
+        critic: ValueModel | None = None,
+        reference: ReferenceModel | None = None,
+    ):
+        self.roles, self.critic = roles, critic
         settings = {ACTOR: recipe.actor.optimizer, CRITIC: recipe.critic.optimizer}
-        groups = [
-            zero.ParameterGroup(role, list(roles.role_parameters(role).values()), settings[role]) for role in settings
-        ]
-        if recipe.zero.activation_checkpointing:
-            roles.checkpoint_activations()
         steps = steps_per_iteration(recipe)
         learning = {ACTOR: recipe.iterations - recipe.critic.warmup_iterations, CRITIC: recipe.iterations}
         self.schedules = {role: Schedule(settings[role], steps * learning[role]) for role in settings}
         self.role_steps = dict.fromkeys(settings, 0)
-        self.ds_config = resolve_ds_config(
-            read_ds_config(recipe.zero.ds_config),
-            dtype=recipe.model.dtype,
-            world_size=dist.world_size(),
-            micro_batch=recipe.ppo.micro_batch_sequences,
-            trainable_parameters=sum(p.numel() for group in groups for p in group.parameters),
-        )
-        self.engine = zero.TrainedEngine(roles, groups, self.ds_config)
         self.replica = Replica(roles)
+        self.engine = _trained(roles, (ACTOR, CRITIC) if critic is None else (ACTOR,), recipe)
+        self.critic_engine = self.engine if critic is None else _trained(critic, (CRITIC,), recipe)
+        self.reference = None
+        if reference is not None:
+            dtype = models.DTYPES[recipe.model.dtype]
+            offload = recipe.reference.offload_param == "cpu"
+            self.reference = zero.FrozenEngine(reference, dtype, offload_to_cpu=offload)
+
+    @classmethod
+    def load(cls, recipe: Recipe) -> HybridEngine:
+        """Every model that the recipe's roles live in, loaded from its checkpoint.
+
+        Raises:
+            RecipeError: a checkpoint or an adapter can't be used; on every rank.
+        """
+        raw, dtype = read_ds_config(recipe.zero.ds_config), models.DTYPES[recipe.model.dtype]
+        zero.check_dtype(dtype)
+        critic = reference = None
+        with zero.sharded_loading(raw, dtype):
+            roles = RolesModel(models.load_causal(recipe.model), recipe)
+        if recipe.critic.home == "model":
+            settings = _another(recipe.model, recipe.critic_path, quantized=recipe.critic.train == "lora")
+            with zero.sharded_loading(raw, dtype):
+                critic = ValueModel(models.load_critic(settings), recipe.critic)
+        if recipe.reference_home == "model":
+            settings = _another(recipe.model, recipe.reference_path, quantized=True)
+            with zero.sharded_loading(zero.frozen_config(dtype, recipe.reference.offload_param == "cpu"), dtype):
+                reference = ReferenceModel(models.load_causal(settings), recipe.generation.temperature)
+        return cls(roles, recipe, critic, reference)
 
     @property
     def device(self) -> torch.device:
         return self.engine.device
+
+    @property
+    def ds_config(self) -> dict:
+        """DeepSpeed's configuration of the shared engine, as it runs."""
+        return self.engine.ds_config
+
+    def home(self, role: str) -> RolesModel | ValueModel:
+        """The module that a trained role lives in."""
+        return self.critic if role == CRITIC and self.critic is not None else self.roles
+
+    def role_parameters(self, role: str) -> dict[str, nn.Parameter]:
+        """What a role trains, by name, wherever it lives."""
+        return self.home(role).role_parameters(role)
 
     @contextmanager
     def generation(self) -> Iterator[PreTrainedModel]:
@@ -96,7 +133,7 @@ class HybridEngine:
         with torch.no_grad():
             yield
 
-    def forward(self, rollout: Rollout, rows: Tensor, **wanted: bool) -> PolicyOutput:
+    def forward(self, rollout: Rollout, rows: Tensor, *, values: bool = False, **wanted: bool) -> RolesOutput:
         """The roles' outputs at the response tokens of some rows, `[len(rows), R]` over the rollout's full width.
 
         Every rank must call it equally often (ZeRO-3 fetches weights in it); a rank without rows passes none and
@@ -104,9 +141,17 @@ class HybridEngine:
 
         Args:
             rows: int64 indices; empty is fine.
-            wanted: `values`, `ref_logprobs`, `full_kl`, `entropy_grad` as for `RolesModel.forward`.
+            values: also V, wherever the critic lives.
+            wanted: `ref_logprobs`, `full_kl`, `entropy_grad` as for `RolesModel.outputs`.
         """
-        output = self.engine(self._layout(rollout, rows), **wanted)
+        layout = self._layout(rollout, rows)
+        ref_logits = None
+        if self.reference is not None and (wanted.get("ref_logprobs") or wanted.get("full_kl")):
+            ref_logits = self.reference(layout)
+        shared = values and self.critic is None
+        output = self.engine(self.roles.outputs, layout, values=shared, ref_logits=ref_logits, **wanted)
+        if values and not shared:
+            output = replace(output, values=self.critic_engine(layout))
         width = rollout.response_ids.shape[1]
 
         def fit(x: Tensor | None) -> Tensor | None:
@@ -114,7 +159,12 @@ class HybridEngine:
                 return None
             return torch.nn.functional.pad(x[: len(rows)], (0, width - x.shape[1]))
 
-        return PolicyOutput(**{name: fit(value) for name, value in vars(output).items()})
+        return RolesOutput(**{name: fit(value) for name, value in vars(output).items()})
+
+    def scores(self, role: str, ids: Tensor, mask: Tensor) -> Tensor:
+        """`[B]` scores of a reward adapter on the shared base; every rank calls it equally often."""
+        with torch.no_grad():
+            return self.engine(self.roles.scores, role, ids.to(self.device), mask.to(self.device))
 
     def _layout(self, rollout: Rollout, rows: Tensor) -> Layout:
         """Rows trimmed to their own longest prompt and response."""
@@ -128,24 +178,40 @@ class HybridEngine:
         sequences, mask = torch.cat(ids, 1).to(self.device), torch.cat(masks, 1).to(self.device)
         return Layout(sequences, mask, response_width=responses)
 
-    def backward(self, loss: Tensor, last: bool) -> None:
-        """One joint backward of a micro-batch; `last` marks the minibatch's last one."""
-        self.engine.backward(loss, last)
+    def backward(self, policy_loss: Tensor, value_loss: Tensor, last: bool) -> None:
+        """The backward of a micro-batch, one per engine; `last` marks the minibatch's last one.
+
+        Roles on one engine get one joint backward: a second one would leave stale gradients under ZeRO-3.
+        """
+        if self.critic is None:
+            self.engine.backward(policy_loss + value_loss, last)
+        else:
+            self.engine.backward(policy_loss, last)
+            self.critic_engine.backward(value_loss, last)
 
     def step(self, frozen: frozenset[str] = frozenset()) -> dict[str, float]:
-        """The optimizer step of a minibatch; returns each role's gradient norm before its clipping.
+        """The optimizer step of a minibatch; returns the gradient norm before clipping of each role that took it.
+
+        In float16 a role whose gradient overflowed takes none, and its schedule waits.
 
         Args:
             frozen: roles that stand still: learning rate 0, and their schedule waits.
         """
-        norms = self.engine.step(self.learning_rates(frozen), frozen)
-        for role in self.role_steps:
+        rates = self.learning_rates(frozen)
+        if self.critic is None:
+            norms = self.engine.step(rates, frozen)
+        else:
+            norms = self.engine.step({ACTOR: rates[ACTOR]}, frozen)
+            norms |= self.critic_engine.step({CRITIC: rates[CRITIC]}, frozen)
+        for role in norms:
             self.role_steps[role] += role not in frozen
         return norms
 
     def discard(self) -> None:
         """Drop the minibatch's gradients; nothing moves."""
         self.engine.discard()
+        if self.critic is not None:
+            self.critic_engine.discard()
 
     def learning_rates(self, frozen: frozenset[str] = frozenset()) -> dict[str, float]:
         """Each role's rate at the next optimizer step."""
@@ -153,9 +219,40 @@ class HybridEngine:
             role: 0.0 if role in frozen else self.schedules[role].rate(step) for role, step in self.role_steps.items()
         }
 
-    def base_hash(self) -> str:
-        """SHA-256 of this rank's shards of the frozen base."""
-        return zero.shards_hash(self.roles.frozen_parameters().items())
+    def frozen_hash(self) -> str:
+        """SHA-256 of this rank's shards of all that must never move: base, frozen adapters, a reference of its own."""
+        frozen = list(self.roles.frozen_parameters().items())
+        if self.critic is not None:
+            frozen += self.critic.frozen_parameters().items()
+        if self.reference is not None:
+            frozen += self.reference.module.named_parameters()
+        return zero.shards_hash(frozen)
 
     def close(self) -> None:
         self.engine.close()
+        if self.critic is not None:
+            self.critic_engine.close()
+        if self.reference is not None:
+            self.reference.close()
+
+
+def _another(model: ModelConfig, path: str, quantized: bool) -> ModelConfig:
+    """How a model beside the base is loaded: as the base is, but from its own folder."""
+    changes = {"path": path, "revision": model.revision if path == model.path else None}
+    return model.model_copy(update=changes if quantized else {**changes, "quantization": "none"})
+
+
+def _trained(module: RolesModel | ValueModel, roles: tuple[str, ...], recipe: Recipe) -> zero.TrainedEngine:
+    """A module under DeepSpeed with a parameter group for each of its trained roles."""
+    settings = {ACTOR: recipe.actor.optimizer, CRITIC: recipe.critic.optimizer}
+    groups = [zero.ParameterGroup(role, list(module.role_parameters(role).values()), settings[role]) for role in roles]
+    if recipe.zero.activation_checkpointing:
+        module.checkpoint_activations()
+    ds_config = resolve_ds_config(
+        read_ds_config(recipe.zero.ds_config),
+        dtype=recipe.model.dtype,
+        world_size=dist.world_size(),
+        micro_batch=recipe.ppo.micro_batch_sequences,
+        trainable_parameters=sum(zero.elements(p) for group in groups for p in group.parameters),
+    )
+    return zero.TrainedEngine(module, groups, ds_config)

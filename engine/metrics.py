@@ -85,6 +85,7 @@ def update_metrics(stats: UpdateStats) -> Metrics:
         "value/clip_fraction": sums["value/clipped"] / tokens,
         "kl/loss": sums["kl_loss/loss_sum"] / tokens,
         "update/steps": stats.steps,
+        "update/overflows": stats.overflows,
         "update/skipped_minibatches": stats.skipped,
     }
     for role in ("actor", "critic"):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import transformers
 from torch import nn
@@ -10,14 +14,16 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from engine import causal
 from engine.config import ModelConfig
 from engine.errors import RecipeError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_tokenizer(settings: ModelConfig) -> PreTrainedTokenizerBase:
@@ -37,42 +43,70 @@ def load_tokenizer(settings: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def load_causal(settings: ModelConfig) -> PreTrainedModel:
-    """The base model, frozen, in the recipe's dtype, in train() mode with every dropout at 0."""
-    model = _load(AutoModelForCausalLM, settings.path, settings.dtype, settings)
-    return model.requires_grad_(False)
+    """The base model, frozen, in the recipe's dtype, in train() mode with every dropout at 0.
+
+    Inside `zero.sharded_loading` it comes out in shards, and every rank must call it; a quantized one comes out whole.
+
+    Raises:
+        RecipeError: the checkpoint can't be read or is of another kind.
+    """
+    return _load(AutoModelForCausalLM, settings).requires_grad_(False)
 
 
 def load_scorer(path: str, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A sequence-classification model with one output, frozen."""
+    """A sequence-classification model with one output, frozen; otherwise as `load_causal`, and never quantized."""
     settings = ModelConfig(path=path, dtype=dtype, trust_remote_code=trust_remote_code)
-    return _load(AutoModelForSequenceClassification, path, dtype, settings).requires_grad_(False)
+    return _load(AutoModelForSequenceClassification, settings).requires_grad_(False)
 
 
-def _load(factory, path: str, dtype: str, settings: ModelConfig) -> PreTrainedModel:
+def load_critic(settings: ModelConfig) -> PreTrainedModel:
+    """A critic of its own: a sequence classifier with one output, read from a reward model or from a causal one.
+
+    The second has no score head: a new one starts at 0, without an opinion.
+    """
+    model = _load(AutoModelForSequenceClassification, settings, may_lack={"score.weight"}, num_labels=1)
+    return model.requires_grad_(False)
+
+
+def _load(factory, settings: ModelConfig, may_lack: frozenset | set = frozenset(), **config_changes) -> PreTrainedModel:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    source = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     extra = {"attn_implementation": settings.attn_implementation} if settings.attn_implementation else {}
-    config = AutoConfig.from_pretrained(
-        path, revision=settings.revision, trust_remote_code=settings.trust_remote_code, **extra
-    )
-    without_dropout(config)
     try:
-        model, found = factory.from_pretrained(
-            path,
-            config=config,
-            revision=settings.revision,
-            dtype=DTYPES[dtype],
-            trust_remote_code=settings.trust_remote_code,
-            use_safetensors=None,  # safetensors if there are any; transformers reads .bin with weights_only=True
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, ImportError) as error:  # no weights, another architecture, a missing attention kernel
-        raise RecipeError(f"{path} can't be loaded: {error}") from error
-    if found["missing_keys"]:  # transformers would start them at random and say so in a warning at most
+        config = AutoConfig.from_pretrained(settings.path, **source, **extra, **config_changes)
+        if factory is AutoModelForCausalLM:
+            causal.check_causal(config)
+        causal.without_noise(config)
+        with _freed_at_once():
+            model, found = factory.from_pretrained(
+                settings.path,
+                config=config,
+                dtype=DTYPES[settings.dtype],
+                quantization_config=quantization_config(settings),
+                use_safetensors=None,  # safetensors if there are any; transformers reads .bin with weights_only=True
+                ignore_mismatched_sizes=True,  # told below; transformers' error would point at a report we silence
+                output_loading_info=True,
+                **source,
+            )
+    except RecipeError:
+        raise
+    except (OSError, ValueError, ImportError, RuntimeError) as error:  # no weights, another architecture, other sizes
+        raise RecipeError(f"{settings.path} can't be loaded: {error}") from error
+    wrong = [f"{name} is {list(here)}, not {list(wanted)}" for name, here, wanted in sorted(found["mismatched_keys"])]
+    if wrong:
         raise RecipeError(
-            f"{path} has no weights for {', '.join(sorted(found['missing_keys'])[:5])}, which a "
+            f"{settings.path} doesn't fit its own config.json: {'; '.join(wrong[:3])}; mend the checkpoint"
+        )
+    missing = set(found["missing_keys"])
+    if missing - may_lack:  # transformers would start them at random and say so in a warning at most
+        raise RecipeError(
+            f"{settings.path} has no weights for {', '.join(sorted(missing - may_lack)[:5])}, which a "
             f"{type(model).__name__} needs; name a checkpoint of that kind"
         )
+    if missing:
+        model.score = nn.Linear(model.score.in_features, 1, bias=False, dtype=DTYPES[settings.dtype])
+        nn.init.zeros_(model.score.weight)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -80,11 +114,41 @@ def _load(factory, path: str, dtype: str, settings: ModelConfig) -> PreTrainedMo
     return model.train()
 
 
-def without_dropout(config) -> None:
-    """Set every dropout probability of a transformers config to 0: sampled and trained policy must be one function."""
-    for name, value in list(vars(config).items()):
-        if ("drop" in name) and isinstance(value, (int, float)) and not isinstance(value, bool):
-            setattr(config, name, 0.0)
+@contextmanager
+def _freed_at_once() -> Iterator[None]:
+    """Inside, blocks of a weight's size go back to the system when freed.
+
+    glibc keeps blocks below a threshold that rises with use, up to 32 MB: whole weights, read and cut up, would stay
+    behind between the shards (measured: 492 MiB for a rank's half of 423 MiB, against 276).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc alone has it
+    if mallopt is None:
+        yield
+        return
+    trim_threshold, mmap_threshold = -1, -3  # malloc.h
+    mallopt(mmap_threshold, 1 << 18)
+    try:
+        yield
+    finally:  # where glibc's own threshold ends up in a process that frees large blocks
+        mallopt(mmap_threshold, 32 << 20)
+        mallopt(trim_threshold, 64 << 20)
+
+
+def quantization_config(settings: ModelConfig) -> BitsAndBytesConfig | None:
+    """bitsandbytes' settings of a quantized base; the output head and the embeddings stay as they are."""
+    if settings.quantization == "nf4":
+        dtype = DTYPES[settings.dtype]
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_storage=dtype,  # packed bytes in the base's dtype: what ZeRO-3 partitions is of one dtype
+        )
+    if settings.quantization == "int8":
+        # A threshold would pick outlier columns over all rows of a batch: a row would depend on its company.
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+    return None
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, extra: list[str]) -> tuple[int, ...]:

@@ -6,16 +6,16 @@ A problem in the data stops the run before a model loads, and names the file and
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from engine.batch import Prompts
-from engine.config import DataConfig
+from engine.config import DataConfig, GenerationConfig
 from engine.errors import RecipeError
 from engine.randomness import Stream, generator
 
@@ -37,6 +37,7 @@ class PromptRecord:
     ids: tuple[int, ...]
     text: str
     columns: dict
+    max_new_tokens: int  # longest response
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,14 @@ class PromptSet:
         return len(self.records)
 
 
-def load_prompts(data: DataConfig, tokenizer, dataset: str | None = None) -> PromptSet:
+def load_prompts(data: DataConfig, generation: GenerationConfig, tokenizer, dataset: str | None = None) -> PromptSet:
     """Read and tokenise the prompts of `dataset`, or of `data.dataset` when None.
 
     Raises:
-        RecipeError: the dataset is missing, empty, malformed, lacks a column or holds over-long prompts.
+        RecipeError: the dataset is missing, empty, malformed, lacks a column, holds over-long prompts or bad limits.
     """
     source = dataset or data.dataset
-    rows = read_rows(data, source)
+    rows = read_rows(data, source, generation)
     if data.messages_column is not None:
         texts = [_render(tokenizer, row, data.messages_column, source) for row in rows]
         # The template has written every special token already: the tokenizer must add no second BOS.
@@ -72,15 +73,24 @@ def load_prompts(data: DataConfig, tokenizer, dataset: str | None = None) -> Pro
     for row, row_ids in zip(rows, ids, strict=True):
         if not row_ids:
             raise RecipeError(f"{source}, {row.where}: the tokenizer makes no token of this prompt; remove it")
+    limited = data.max_new_tokens_column
     records = [
-        PromptRecord(tuple(row_ids), text, {key: value for key, value in row.values.items() if key != hidden})
+        PromptRecord(
+            ids=tuple(row_ids),
+            text=text,
+            columns={key: value for key, value in row.values.items() if key != hidden},
+            max_new_tokens=int(row.values[limited]) if limited else generation.max_new_tokens,
+        )
         for row, row_ids, text in zip(rows, ids, texts, strict=True)
     ]
     return _limit(records, rows, data, tokenizer, source)
 
 
-def read_rows(data: DataConfig, dataset: str | None = None) -> list[Row]:
+def read_rows(data: DataConfig, dataset: str | None = None, generation: GenerationConfig | None = None) -> list[Row]:
     """The checked rows of `dataset`, or of `data.dataset` when None; needs no tokenizer.
+
+    Args:
+        generation: bounds the rows' own limits on responses; None: those are not looked at.
 
     Raises:
         RecipeError: as `load_prompts`, apart from lengths.
@@ -96,24 +106,31 @@ def read_rows(data: DataConfig, dataset: str | None = None) -> list[Row]:
         raise RecipeError(f"{source}: not UTF-8 text ({error}); convert the file") from None
     if not rows:
         raise RecipeError(f"{source}: no prompts, the dataset is empty; give at least one row")
-    column, setting = (
-        (data.messages_column, "data.messages_column")
-        if data.messages_column
-        else (data.text_column, "data.text_column")
-    )
-    there = list(dict.fromkeys(key for row in rows for key in row.values))
-    if column not in there:
-        raise RecipeError(
-            f"{source}: no column {column!r}; it has {', '.join(there) or 'none'}; set {setting} to one of them"
-        )
+    names = list(dict.fromkeys(name for row in rows for name in row.values))
     # As datasets does for the formats that it reads: a reward function gets every column for every row.
-    rows = [Row(row.where, {name: row.values.get(name) for name in there}) for row in rows]
-    check = _messages_problem if data.messages_column else _text_problem
-    bad = [(row.where, problem) for row in rows if (problem := check(row.values.get(column)))]
+    rows = [Row(row.where, {name: row.values.get(name) for name in names}) for row in rows]
+    if data.messages_column:
+        _check_column(rows, source, "messages_column", data.messages_column, _messages_problem)
+    else:
+        _check_column(rows, source, "text_column", data.text_column, _text_problem)
+    if data.max_new_tokens_column and generation:
+        check = partial(_limit_problem, least=generation.min_new_tokens, most=generation.max_new_tokens)
+        _check_column(rows, source, "max_new_tokens_column", data.max_new_tokens_column, check)
+    return rows
+
+
+def _check_column(
+    rows: list[Row], source: str, setting: str, column: str, check: Callable[[object], str | None]
+) -> None:
+    names = rows[0].values
+    if column not in names:
+        raise RecipeError(
+            f"{source}: no column {column!r}; it has {', '.join(names) or 'none'}; set data.{setting} to one of them"
+        )
+    bad = [(row.where, problem) for row in rows if (problem := check(row.values[column]))]
     if bad:
         more = f" (and {len(bad) - 1} more rows)" if len(bad) > 1 else ""
         raise RecipeError(f"{source}, {bad[0][0]}: column {column!r} {bad[0][1]}{more}; mend or remove these rows")
-    return rows
 
 
 # datasets reads jsonl too, but its errors don't name the line, and it unifies types and keys over all rows.
@@ -199,6 +216,15 @@ def _messages_problem(value) -> str | None:
     return None if good else f"should hold a list of {{role, content}} messages, got {value!r:.60}"
 
 
+def _limit_problem(value, least: int, most: int) -> str | None:
+    # A csv column with a gap reads as floats: 12.0 is what its author wrote as 12.
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and max(1, least) <= value <= most and value == int(value):
+        return None
+    lowest = f"generation.min_new_tokens {least}" if least > 1 else "1"
+    return f"should hold a whole number from {lowest} to generation.max_new_tokens {most}, got {value!r:.60}"
+
+
 def _render(tokenizer, row: Row, column: str, source: str) -> str:
     try:
         return tokenizer.apply_chat_template(row.values[column], add_generation_prompt=True, tokenize=False)
@@ -252,7 +278,7 @@ def _truncate(record: PromptRecord, most: int, tokenizer) -> PromptRecord:
     """The last `most` tokens, a leading BOS kept; the text says what the model will see."""
     begin = record.ids[:1] if record.ids[0] == tokenizer.bos_token_id else ()
     tail = record.ids[len(record.ids) - (most - len(begin)) :]
-    return PromptRecord(begin + tail, tokenizer.decode(tail), record.columns)
+    return replace(record, ids=begin + tail, text=tokenizer.decode(tail))
 
 
 class PromptSource:
@@ -304,6 +330,7 @@ class PromptSource:
             prompt_lengths=torch.tensor([len(records[i].ids) for _, i, _ in mine], dtype=torch.int64),
             draws=torch.tensor([d for d, _, _ in mine], dtype=torch.int64),
             samples=torch.tensor([s for _, _, s in mine], dtype=torch.int64),
+            max_new_tokens=torch.tensor([records[i].max_new_tokens for _, i, _ in mine], dtype=torch.int64),
             texts=tuple(records[i].text for _, i, _ in mine),
             columns=tuple(records[i].columns for _, i, _ in mine),
         )

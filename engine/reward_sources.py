@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from engine import models, zero
-from engine.batch import Rollout
+from engine import dist, models, zero
+from engine.batch import Prompts, Rollout, length_mask
 from engine.config import Recipe, RewardConfig, locate
 from engine.errors import RunError
+from engine.hybrid_engine import HybridEngine
 from engine.minibatches import micro_batches
 from engine.plugins import line_of, load_function
+from engine.reward_text import RewardText, other_tokenizer
+from engine.roles import reward_role
 from engine.scoring import last_token_scores
+from engine.stopping import scored_text
+
+logger = dist.get_logger(__name__)
 
 
 class RewardSource(Protocol):
@@ -31,47 +38,137 @@ class RewardSource(Protocol):
 
 
 class Texts:
-    """A rollout as people read it: prompts, responses without special tokens, and the dataset's other columns."""
+    """A rollout as people read it: prompts, responses without special tokens, and the dataset's other columns.
 
-    def __init__(self, prompts: tuple[str, ...], responses: list[str], columns: tuple[dict, ...]):
+    Args:
+        continuations: the responses as they go on from their prompts' text; None: as they stand. Decoded on its own, a
+            response lacks the space before its first word with many tokenizers.
+    """
+
+    def __init__(
+        self,
+        prompts: tuple[str, ...],
+        responses: list[str],
+        columns: tuple[dict, ...],
+        continuations: list[str] | None = None,
+    ):
         self.prompts, self.responses = list(prompts), responses
+        self.continuations = responses if continuations is None else continuations
         names = columns[0].keys() if columns else ()
         self.columns = {name: [row[name] for row in columns] for name in names}
 
     @classmethod
-    def of(cls, prompts, rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> Texts:
-        """Decode this rank's responses."""
+    def of(
+        cls, prompts: Prompts, rollout: Rollout, tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str] = ()
+    ) -> Texts:
+        """Decode this rank's responses, each up to the first stop string in it."""
         rows = [
             ids[:n] for ids, n in zip(rollout.response_ids.tolist(), rollout.response_lengths.tolist(), strict=True)
         ]
-        return cls(prompts.texts, tokenizer.batch_decode(rows, skip_special_tokens=True), prompts.columns)
+        last = [ids[-1:] for ids in rollout.prompt_ids.tolist()]
+        responses, before, joined = (
+            tokenizer.batch_decode(part, skip_special_tokens=True)
+            for part in (rows, last, [ids + row for ids, row in zip(last, rows, strict=True)])
+        )
+        continuations = [
+            # A prompt that ends within a character decodes to something else than the character does.
+            whole.removeprefix(token) if whole.startswith(token) else alone
+            for whole, token, alone in zip(joined, before, responses, strict=True)
+        ]
+        kept = [scored_text(response, stop_strings) for response in responses]
+        # Generation looks for stop strings in the response's own text: a space before it makes none.
+        continuations = [
+            text[: len(text) - len(response) + len(part)]
+            for text, response, part in zip(continuations, responses, kept, strict=True)
+        ]
+        return cls(prompts.texts, kept, prompts.columns, continuations)
 
 
 class RewardModel:
-    """A frozen sequence-classification model in its own ZeRO-3 inference engine."""
+    """A frozen sequence-classification model in its own ZeRO-3 inference engine.
 
-    def __init__(self, config: RewardConfig, recipe: Recipe):
+    It reads the policy's ids, or the text where its own tokenizer is another one.
+
+    Args:
+        tokenizer: the policy's.
+    """
+
+    def __init__(self, config: RewardConfig, recipe: Recipe, tokenizer: PreTrainedTokenizerBase):
         self.name = config.label
         self.micro_batch_sequences = recipe.ppo.micro_batch_sequences
-        dtype = recipe.model.dtype
-        module = _Scorer(models.load_scorer(config.model, dtype, recipe.model.trust_remote_code))
-        self.engine = zero.FrozenEngine(module, models.DTYPES[dtype], offload_to_cpu=config.offload_param == "cpu")
+        self.messages_column = recipe.data.messages_column
+        dtype, trust = recipe.model.dtype, recipe.model.trust_remote_code
+        offload = config.offload_param == "cpu"
+        with zero.sharded_loading(zero.frozen_config(models.DTYPES[dtype], offload), models.DTYPES[dtype]):
+            model = models.load_scorer(config.model, dtype, trust)
+        own = other_tokenizer(config.model, tokenizer, self.messages_column is not None, trust)
+        # Not every model has a limit, and transformers has one name for those that have.
+        longest = getattr(model.config, "max_position_embeddings", None)
+        self.text = RewardText(own, longest) if own is not None else None
+        if self.text is not None:
+            logger.info("reward %s reads text: its tokenizer is another one", self.name)
+        self.engine = zero.FrozenEngine(_Scorer(model), models.DTYPES[dtype], offload_to_cpu=offload)
 
     def score(self, rollout: Rollout, texts: Texts) -> Tensor:
-        scores = torch.zeros(len(rollout))
-        for rows in micro_batches(torch.arange(len(rollout)), self.micro_batch_sequences):
-            if len(rows):
-                ids, mask = rollout.sequences[rows], rollout.sequence_mask[rows]
-            else:  # this rank has run out of rows; the weights are fetched all the same
-                ids, mask = torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.bool)
-            used = mask.any(0)
-            device = self.engine.device
-            output = self.engine(ids[:, used].to(device), mask[:, used].to(device))
-            scores[rows] = output[: len(rows)].float().cpu()
-        return scores
+        ids, mask = (rollout.sequences, rollout.sequence_mask) if self.text is None else self._read(rollout, texts)
+        return _in_micro_batches(self._forward, ids, mask, self.micro_batch_sequences)
+
+    def _forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.engine(ids.to(self.engine.device), mask.to(self.engine.device))
+
+    def _read(self, rollout: Rollout, texts: Texts) -> tuple[Tensor, Tensor]:
+        """`[B, L]` ids of the texts in the model's own tokens, padded on the right, and their mask; a collective.
+
+        Raises:
+            RunError: on every rank, when a text of any of them can't be read.
+        """
+        whole, problem = [], None
+        try:
+            for row, ended in enumerate(rollout.ended.tolist()):
+                if self.messages_column is None:
+                    whole.append(self.text.plain(texts.prompts[row], texts.continuations[row], ended))
+                else:
+                    messages = texts.columns[self.messages_column][row]
+                    whole.append(self.text.chat(messages, texts.responses[row], ended))
+        except ValueError as error:
+            problem = f"reward {self.name}: {error} (prompt {texts.prompts[row]!r:.200})"
+        dist.agree(problem)
+        rows = [self.text.fit(ids) for ids in whole]
+        lengths = torch.tensor([len(ids) for ids in rows], dtype=torch.int64)
+        ids = torch.zeros(len(rows), max(map(len, rows), default=1), dtype=torch.int64)
+        for row, of_row in enumerate(rows):
+            ids[row, : len(of_row)] = torch.tensor(of_row)
+        self._warn_of_cuts(sum(len(part) < len(all_) for part, all_ in zip(rows, whole, strict=True)))
+        return ids, length_mask(lengths, ids.shape[1])
+
+    def _warn_of_cuts(self, mine: int) -> None:
+        """A collective: only rank 0 speaks."""
+        cut = int(dist.all_reduce(torch.tensor(mine)))
+        if cut:
+            logger.warning(
+                "reward %s: %d texts were longer than its %d positions and lost their beginning",
+                self.name,
+                cut,
+                self.text.longest,
+            )
 
     def close(self) -> None:
         self.engine.close()
+
+
+def _in_micro_batches(
+    forward: Callable[[Tensor, Tensor], Tensor], ids: Tensor, mask: Tensor, micro_batch_sequences: int
+) -> Tensor:
+    """`[B]` float32 scores of this rank's rows; every rank makes as many forwards."""
+    scores = torch.zeros(len(ids))
+    for rows in micro_batches(torch.arange(len(ids)), micro_batch_sequences):
+        if len(rows):
+            some, real = ids[rows], mask[rows]
+        else:  # this rank has run out of rows; the weights are fetched all the same
+            some, real = torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.bool)
+        used = real.any(0)
+        scores[rows] = forward(some[:, used], real[:, used])[: len(rows)].float().cpu()
+    return scores
 
 
 class _Scorer(torch.nn.Module):
@@ -124,6 +221,32 @@ class RewardFunction:
         pass
 
 
-def build(recipe: Recipe) -> list[RewardSource]:
-    """The recipe's sources, in its order."""
-    return [RewardModel(config, recipe) if config.model else RewardFunction(config) for config in recipe.rewards]
+class RewardAdapter:
+    """A LoRA adapter and a score head on the shared base: one more role there, and no weights of its own to load."""
+
+    def __init__(self, index: int, recipe: Recipe, engine: HybridEngine):
+        self.name = recipe.rewards[index].label
+        self.role, self.engine = reward_role(index), engine
+        self.micro_batch_sequences = recipe.ppo.micro_batch_sequences
+
+    def score(self, rollout: Rollout, texts: Texts) -> Tensor:
+        def forward(ids: Tensor, mask: Tensor) -> Tensor:
+            return self.engine.scores(self.role, ids, mask)
+
+        return _in_micro_batches(forward, rollout.sequences, rollout.sequence_mask, self.micro_batch_sequences)
+
+    def close(self) -> None:
+        pass
+
+
+def build(recipe: Recipe, engine: HybridEngine, tokenizer: PreTrainedTokenizerBase) -> list[RewardSource]:
+    """The recipe's sources, in its order; `tokenizer` is the policy's."""
+    sources: list[RewardSource] = []
+    for index, config in enumerate(recipe.rewards):
+        if config.model:
+            sources.append(RewardModel(config, recipe, tokenizer))
+        elif config.adapter:
+            sources.append(RewardAdapter(index, recipe, engine))
+        else:
+            sources.append(RewardFunction(config))
+    return sources

@@ -1,4 +1,7 @@
-"""Actor, critic and reference as roles on one frozen base: a LoRA adapter each, and a value head for the critic."""
+"""Actor, critic, reference and reward as roles on one base: a LoRA adapter each where they need one, heads beside it.
+
+Roles that live in a model of their own are here too; which role lives where is the recipe's choice.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,19 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from engine import ppo
-from engine.config import ActorConfig, CriticConfig, LoraSettings
-from engine.errors import RecipeError
+from engine import adapters, causal, ppo
+from engine.config import CriticConfig, Recipe
+from engine.scoring import last_positions
 
 ACTOR, CRITIC, REFERENCE = "actor", "critic", "reference"
+
+
+def reward_role(index: int) -> str:
+    """The name of the role that scores as the recipe's reward of that index."""
+    return f"reward_{index}"
 
 
 @dataclass(frozen=True)
@@ -32,17 +38,12 @@ class Layout:
     response_width: int  # R
 
     @property
-    def position_ids(self) -> Tensor:
-        """`[B, P + R]`, counted over real tokens, so that padding moves nothing."""
-        return (self.mask.long().cumsum(1) - 1).clamp(min=0)
-
-    @property
     def response_ids(self) -> Tensor:
         return self.sequences[:, -self.response_width :]
 
 
 @dataclass(frozen=True)
-class PolicyOutput:
+class RolesOutput:
     """Per response token; padding holds whatever the model made of it."""
 
     logprobs: Tensor  # [B, R] float32, of the temperature-scaled full softmax
@@ -53,67 +54,70 @@ class PolicyOutput:
 
 
 class RolesModel(nn.Module):
-    """The base with its adapters and the value head: the one module that DeepSpeed owns.
+    """The base with its adapters and heads: the one module that DeepSpeed owns on behalf of all roles on it.
 
     Args:
-        base: a frozen causal language model.
-        temperature: divides the logits; 0 stands for argmax, whose log-probs are those of temperature 1.
+        base: a causal language model, every parameter frozen.
+        recipe: says who lives on the base. An actor that trains in full is the base itself.
+
+    Raises:
+        RecipeError: an adapter doesn't fit the base.
     """
 
-    def __init__(self, base: PreTrainedModel, actor: ActorConfig, critic: CriticConfig, temperature: float):
+    def __init__(self, base: PreTrainedModel, recipe: Recipe):
         super().__init__()
-        self.critic = critic
-        self.temperature = temperature or 1.0
-        self.policy = _adapted(base, actor, critic)
-        dtype = next(base.parameters()).dtype
-        self.value_head = nn.Linear(base.config.get_text_config().hidden_size, 1, bias=False, dtype=dtype)
-        nn.init.zeros_(self.value_head.weight)  # V starts at 0: no opinion before the first return was seen
-        self._layers = [m for m in self.policy.modules() if isinstance(m, BaseTunerLayer)]
+        self.critic = recipe.critic
+        self.temperature = recipe.generation.temperature or 1.0  # 0 is argmax, with the log-probs of temperature 1
+        dtype = compute_dtype(base)
+        rewards = {reward_role(i): adapters.read(r.adapter) for i, r in enumerate(recipe.rewards) if r.adapter}
+        self.policy = adapters.attach(base, _adapters(recipe) | rewards)
+        self.switch = adapters.Switch(self.policy)
+        hidden_size = base.get_output_embeddings().in_features
+        self.value_head = None
+        if recipe.critic.home != "model":
+            self.value_head = nn.Linear(hidden_size, 1, bias=False, dtype=dtype)
+            nn.init.zeros_(self.value_head.weight)  # V starts at 0: no opinion before the first return was seen
+        self.reward_heads = nn.ModuleDict({role: _reward_head(saved, dtype) for role, saved in rewards.items()})
         self._role = ACTOR
-        self._prepare_parameters(dtype)
+        self.switch.to(ACTOR)
+        self._prepare_parameters(dtype, full=recipe.actor.train == "full")
 
-    def _prepare_parameters(self, dtype: torch.dtype) -> None:
-        # peft trains only the adapter that it calls active; both roles are in the optimizer. ZeRO-3 wants one dtype.
+    def _prepare_parameters(self, dtype: torch.dtype, full: bool) -> None:
+        adapters.cast(self.policy, dtype)
+        # peft trains only the adapter that it calls active; all trained roles are in one optimizer.
         for name, parameter in self.policy.named_parameters():
-            adapter = ".lora_" in name
-            parameter.requires_grad_(adapter)
-            if adapter:
-                parameter.data = parameter.data.to(dtype)
+            parameter.requires_grad_(full or adapters.owner(name) in (ACTOR, CRITIC))
+        self.reward_heads.requires_grad_(False)
 
     @property
     def causal(self) -> PreTrainedModel:
         """The transformers model inside, adapters injected."""
-        return self.policy.get_base_model()
+        return self.policy.get_base_model() if isinstance(self.policy, adapters.PeftModel) else self.policy
 
     def role_parameters(self, role: str) -> dict[str, nn.Parameter]:
-        """What a role trains, by name."""
-        own = {n: p for n, p in self.policy.named_parameters() if f".{role}." in n and ".lora_" in n}
-        if role == CRITIC:
+        """What a role trains in this module, by name."""
+        trained = {n: p for n, p in self.policy.named_parameters() if p.requires_grad}
+        own = {n: p for n, p in trained.items() if adapters.owner(n) == role}
+        if role == ACTOR and not own:
+            own = trained  # an actor that trains in full has the base to itself
+        if role == CRITIC and self.value_head is not None:
             own["value_head.weight"] = self.value_head.weight
         return own
 
     def frozen_parameters(self) -> dict[str, nn.Parameter]:
-        """The base, by name."""
-        return {n: p for n, p in self.policy.named_parameters() if ".lora_" not in n}
+        """The base and the adapters and heads that only stand by, by name."""
+        return {n: p for n, p in self.named_parameters() if not p.requires_grad}
 
     @contextmanager
     def acting_as(self, role: str) -> Iterator[None]:
-        """Inside, forwards run with the role's adapter; the reference has none.
-
-        The active adapter is set directly: peft's `set_adapter` would also flip `requires_grad` and so take the
-        other role out of the optimizer. peft passes over an adapter name that a layer doesn't have.
-        """
+        """Inside, forwards run with the role's adapter; a role without one sees the base."""
         previous, self._role = self._role, role
-        self._switch(role)
+        self.switch.to(role)
         try:
             yield
         finally:
             self._role = previous
-            self._switch(previous)
-
-    def _switch(self, role: str) -> None:
-        for layer in self._layers:
-            layer._active_adapter = [role]
+            self.switch.to(previous)
 
     def checkpoint_activations(self) -> None:
         """Recompute activations in the backward, each layer with the role of its own forward.
@@ -126,7 +130,11 @@ class RolesModel(nn.Module):
     def _checkpoint_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         return nullcontext(), self.acting_as(self._role)
 
-    def forward(
+    def forward(self, compute, *arguments, **keywords):
+        """`compute(...)`, one of the methods below: DeepSpeed sees to the weights of what runs inside a forward."""
+        return compute(*arguments, **keywords)
+
+    def outputs(
         self,
         layout: Layout,
         *,
@@ -134,19 +142,27 @@ class RolesModel(nn.Module):
         ref_logprobs: bool = False,
         full_kl: bool = False,
         entropy_grad: bool = False,
-    ) -> PolicyOutput:
-        """All roles in one forward, so that one joint backward reaches every trainable parameter."""
-        logits, hidden = self._policy_logits(layout, hidden=values and self.critic.home == "trunk")
+        ref_logits: Tensor | None = None,
+    ) -> RolesOutput:
+        """All roles in one forward, so that one joint backward reaches every trainable parameter.
+
+        Args:
+            values: from a critic that lives on the base; one of its own has its own forward.
+            ref_logits: `[B, R, V]` of a reference that lives elsewhere; None: it lives on the base.
+        """
+        on_trunk = values and self.critic.home == "trunk"
+        logits, hidden = response_logits(self.causal, layout, self.temperature, hidden=on_trunk)
         chosen = layout.response_ids
         with torch.set_grad_enabled(torch.is_grad_enabled() and entropy_grad):
             entropy = ppo.entropy(logits)  # its graph holds two more [B, R, V]
         ref = kl = None
         if ref_logprobs or full_kl:
-            with torch.no_grad(), self.acting_as(REFERENCE):
-                ref_logits, _ = self._policy_logits(layout)
+            if ref_logits is None:
+                with torch.no_grad(), self.acting_as(REFERENCE):
+                    ref_logits, _ = response_logits(self.causal, layout, self.temperature)
             ref = token_logprobs(ref_logits, chosen)
             kl = ppo.full_kl(logits, ref_logits) if full_kl else None
-        return PolicyOutput(
+        return RolesOutput(
             logprobs=token_logprobs(logits, chosen),
             entropy=entropy,
             ref_logprobs=ref,
@@ -154,64 +170,129 @@ class RolesModel(nn.Module):
             values=self._values(layout, hidden) if values else None,
         )
 
-    def _policy_logits(self, layout: Layout, hidden: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Temperature-scaled float32 logits `[B, R, V]` of the response tokens; last hidden states if asked."""
-        output = self.causal(
-            input_ids=layout.sequences,
-            attention_mask=layout.mask.long(),
-            position_ids=layout.position_ids,
-            use_cache=False,
-            logits_to_keep=layout.response_width + 1,
-            output_hidden_states=hidden,
-        )
-        logits = output.logits[:, :-1].float() / self.temperature
-        return logits, output.hidden_states[-1] if hidden else None
-
     def _values(self, layout: Layout, trunk: Tensor | None) -> Tensor:
-        """`[B, R]` values, read one position before each response token: after it V would have seen the action."""
         if trunk is None:
             with self.acting_as(CRITIC):
-                trunk = self.causal.base_model(
-                    input_ids=layout.sequences,
-                    attention_mask=layout.mask.long(),
-                    position_ids=layout.position_ids,
-                    use_cache=False,
-                ).last_hidden_state
+                trunk = hidden_states(self.causal, layout.sequences, layout.mask)
         elif self.critic.trunk_detach:
             trunk = trunk.detach()
-        before = trunk[:, -layout.response_width - 1 : -1]
-        return self.value_head(before).squeeze(-1).float()
+        return read_values(self.value_head, trunk, layout)
+
+    def scores(self, role: str, ids: Tensor, mask: Tensor) -> Tensor:
+        """`[B]` float32 scores of a reward adapter, read at the last real position; shapes as `last_token_scores`."""
+        with self.acting_as(role):
+            hidden = hidden_states(self.causal, ids, mask)
+        rows = torch.arange(len(ids), device=ids.device)
+        return self.reward_heads[role](hidden[rows, last_positions(mask)]).squeeze(-1).float()
 
 
-def _adapted(base: PreTrainedModel, actor: ActorConfig, critic: CriticConfig) -> PeftModel:
-    """The base with the adapters injected, nothing else changed."""
-    wanted = {ACTOR: actor.lora} | ({CRITIC: critic.lora} if critic.home == "adapter" else {})
-    policy = None
-    for role, settings in wanted.items():
-        try:
-            if policy is None:
-                policy = get_peft_model(base, lora_config(settings), adapter_name=role, autocast_adapter_dtype=False)
-            else:
-                policy.add_adapter(role, lora_config(settings))
-        except ValueError as error:  # peft: no module has such a name, or it is of no kind that takes an adapter
-            raise RecipeError(f"{role}.lora.targets: {error}") from error
-    if any("lora_embedding" in name for name, _ in policy.named_parameters()):
-        raise RecipeError("lora.targets names an embedding, and only linear layers take an adapter here; leave it out")
-    return policy
+class ValueModel(nn.Module):
+    """A critic of its own: a sequence classifier whose score head, read at every position, is the value head.
+
+    Args:
+        scorer: a transformers sequence classifier with one output, every parameter frozen.
+    """
+
+    def __init__(self, scorer: PreTrainedModel, settings: CriticConfig):
+        super().__init__()
+        self.policy = scorer
+        dtype = scorer.score.weight.dtype
+        if settings.train == "full":
+            scorer.requires_grad_(True)
+        else:
+            config = adapters.lora_config(settings.lora)
+            # peft's own form for classifiers: the head is one of the modules that are saved whole.
+            config.task_type, config.modules_to_save = "SEQ_CLS", [*settings.lora.modules_to_save, "score"]
+            self.policy = adapters.attach(scorer, {CRITIC: config})
+            adapters.cast(self.policy, dtype)
+            for name, parameter in self.policy.named_parameters():
+                parameter.requires_grad_(adapters.owner(name) == CRITIC)
+
+    @property
+    def scorer(self) -> PreTrainedModel:
+        """The transformers model inside, adapter injected."""
+        return self.policy.get_base_model() if isinstance(self.policy, adapters.PeftModel) else self.policy
+
+    def role_parameters(self, role: str) -> dict[str, nn.Parameter]:
+        """What the critic trains, by name."""
+        return {n: p for n, p in self.policy.named_parameters() if p.requires_grad} if role == CRITIC else {}
+
+    def frozen_parameters(self) -> dict[str, nn.Parameter]:
+        return {n: p for n, p in self.named_parameters() if not p.requires_grad}
+
+    def checkpoint_activations(self) -> None:
+        """Recompute activations in the backward."""
+        self.scorer.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def forward(self, layout: Layout) -> Tensor:
+        """`[B, R]` float32 values."""
+        return read_values(self.scorer.score, hidden_states(self.scorer, layout.sequences, layout.mask), layout)
+
+
+class ReferenceModel(nn.Module):
+    """A reference of its own: frozen, asked for its logits."""
+
+    def __init__(self, model: PreTrainedModel, temperature: float):
+        super().__init__()
+        self.model, self.temperature = model, temperature or 1.0
+
+    def forward(self, layout: Layout) -> Tensor:
+        """`[B, R, V]` float32 logits."""
+        return response_logits(self.model, layout, self.temperature)[0]
+
+
+def _adapters(recipe: Recipe) -> dict:
+    """Where the adapters of actor, critic and reference come from, for those that have one on the base."""
+    wanted = {}
+    if recipe.actor.train == "lora":
+        start = recipe.actor.init_adapter
+        wanted[ACTOR] = adapters.read(start) if start else adapters.lora_config(recipe.actor.lora)
+    if recipe.critic.home == "adapter":
+        wanted[CRITIC] = adapters.lora_config(recipe.critic.lora)
+    if recipe.reference_home == "adapter":
+        wanted[REFERENCE] = adapters.read(recipe.reference_path)
+    return wanted
+
+
+def _reward_head(saved: adapters.SavedAdapter, dtype: torch.dtype) -> nn.Linear:
+    weight = adapters.check_reward(saved)
+    head = nn.Linear(weight.shape[1], 1, bias=False, dtype=dtype)
+    head.weight.data.copy_(weight)
+    return head
+
+
+def compute_dtype(base: PreTrainedModel) -> torch.dtype:
+    """The type that a base computes in, whatever its linear layers are packed as."""
+    return base.get_output_embeddings().weight.dtype
+
+
+def response_logits(
+    model: nn.Module, layout: Layout, temperature: float, hidden: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Temperature-scaled float32 logits `[B, R, V]` of the response tokens.
+
+    If asked, also what the head was given, `[B, R + 1, H]` or `[B, L, H]`: from one position before the response on.
+    """
+    wanted = {"use_cache": False, "logits_to_keep": layout.response_width + 1}
+    given = None
+    if hidden:
+        output, given = causal.call_with_hidden(model, layout.sequences, layout.mask, **wanted)
+    else:
+        output = causal.call(model, layout.sequences, layout.mask, **wanted)
+    return output.logits[:, :-1].float() / temperature, given
+
+
+def hidden_states(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
+    """`[B, L, H]` what a model's backbone hands to its head."""
+    return causal.call(causal.backbone(model), ids, mask, use_cache=False).last_hidden_state
+
+
+def read_values(head: nn.Module, hidden: Tensor, layout: Layout) -> Tensor:
+    """`[B, R]` values, read one position before each response token: after it V would have seen the action."""
+    before = hidden[:, -layout.response_width - 1 : -1]
+    return head(before).squeeze(-1).float()
 
 
 def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
     """`[B, R]` log-probabilities of `ids` `[B, R]` under `logits` `[B, R, V]`."""
     return logits.log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
-
-
-def lora_config(settings: LoraSettings) -> LoraConfig:
-    """peft's configuration of an adapter; no dropout, or the first ratio would not be 1."""
-    targets = settings.targets if isinstance(settings.targets, str) else list(settings.targets)
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        target_modules=targets,
-        lora_dropout=0.0,
-    )

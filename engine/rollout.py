@@ -9,16 +9,18 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from engine import causal
 from engine.batch import Prompts, Rollout
 from engine.config import GenerationConfig
 from engine.randomness import Stream, generator
+from engine.stopping import Stops
 
 
 def generate(
     module: PreTrainedModel,
     prompts: Prompts,
     settings: GenerationConfig,
-    end_ids: tuple[int, ...],
+    stops: Stops,
     seed: int,
     stream: Stream = Stream.TRAINING,
 ) -> Rollout:
@@ -27,14 +29,14 @@ def generate(
     Args:
         module: a plain causal model, whole on this rank.
         prompts: this rank's rows; none is fine.
-        end_ids: the tokens that end a response; the one that did is part of it.
+        stops: what ends a response before its limit.
     """
     width = settings.max_new_tokens
     sampled = _Responses.empty(len(prompts), width)
     for rows in torch.arange(len(prompts)).split(settings.batch_sequences):
         if len(rows):
             uniforms = token_uniforms(seed, stream, prompts.draws[rows], prompts.samples[rows], width)
-            _decode(module, prompts, rows, uniforms, settings, end_ids, sampled)
+            _decode(module, prompts, rows, uniforms, settings, stops, sampled)
     return Rollout(
         prompt_ids=prompts.prompt_ids,
         prompt_lengths=prompts.prompt_lengths,
@@ -71,11 +73,10 @@ class _Responses:
             ended=torch.zeros(rows, dtype=torch.bool),
         )
 
-    def add(self, rows: Tensor, position: int, ids: Tensor, logprobs: Tensor, ends: Tensor) -> None:
+    def add(self, rows: Tensor, position: int, ids: Tensor, logprobs: Tensor) -> None:
         self.ids[rows, position] = ids
         self.logprobs[rows, position] = logprobs
         self.lengths[rows] = position + 1
-        self.ended[rows] = ends
 
 
 def _decode(
@@ -84,38 +85,34 @@ def _decode(
     rows: Tensor,
     uniforms: Tensor,
     settings: GenerationConfig,
-    end_ids: tuple[int, ...],
+    stops: Stops,
     sampled: _Responses,
 ) -> None:
-    """Decode some rows together with a KV cache until each has ended or reached the limit."""
+    """Decode some rows together with a KV cache until each has ended or reached its limit."""
     device = next(module.parameters()).device
     longest = int(prompts.prompt_lengths[rows].max())
     ids = prompts.prompt_ids[rows][:, -longest:].to(device)
     mask = prompts.prompt_mask[rows][:, -longest:].to(device)
-    ends = torch.tensor(end_ids)
+    limits = prompts.max_new_tokens[rows].clamp(max=settings.max_new_tokens)
+    least = settings.min_new_tokens
     cache = DynamicCache(config=module.config)
-    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
     alive = torch.ones(len(rows), dtype=torch.bool)
-    for step in range(settings.max_new_tokens):
-        logits = module(
-            input_ids=ids,
-            attention_mask=mask.long(),
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        banned = ends if step < settings.min_new_tokens else None
-        tokens, logprobs = sample(logits.float().cpu(), uniforms[:, step], settings, banned)
-        done = torch.isin(tokens, ends)
-        sampled.add(rows[alive], step, tokens[alive], logprobs[alive], done[alive])
-        alive &= ~done
+    for step in range(int(limits.max())):
+        output = causal.call(module, ids, mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        logits = output.logits[:, -1].float().cpu()
+        banned = stops.banned(logits.shape[-1], early=step < least)
+        tokens, logprobs = sample(logits, uniforms[:, step], settings, banned)
+        growing = rows[alive]
+        sampled.add(growing, step, tokens[alive], logprobs[alive])
+        if step >= least:
+            checked = step if step > least else 0  # a stop string that came too early ends the response now
+            sampled.ended[growing] = stops.reached(sampled.ids[growing, : step + 1], checked)
+        alive &= ~sampled.ended[rows] & (step + 1 < limits)
         if not alive.any():
             break
         # A finished row goes on with whatever it drew: no other row sees it, and it is written nowhere.
         ids = tokens[:, None].to(device)
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
-        positions = positions[:, -1:] + 1
 
 
 def sample(

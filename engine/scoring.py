@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from engine import causal
+
 
 def last_token_scores(model: nn.Module, input_ids: Tensor, mask: Tensor) -> Tensor:
     """`[B]` float32 scores of sequences, whatever side they are padded on.
@@ -23,13 +25,7 @@ def last_token_scores(model: nn.Module, input_ids: Tensor, mask: Tensor) -> Tens
     """
     check_scorable(model)
     assert input_ids.shape == mask.shape and mask.dtype == torch.bool
-    hidden = model.base_model(
-        input_ids=input_ids,
-        attention_mask=mask.long(),
-        # Counted from the first real token, so that padding on the left does not shift the sequence.
-        position_ids=(mask.long().cumsum(dim=1) - 1).clamp(min=0),
-        use_cache=False,
-    ).last_hidden_state
+    hidden = causal.call(causal.backbone(model), input_ids, mask, use_cache=False).last_hidden_state
     rows = torch.arange(len(input_ids), device=input_ids.device)
     return model.score(hidden[rows, last_positions(mask)]).squeeze(-1).float()
 

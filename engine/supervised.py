@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
-from engine import dist, zero
+from engine import causal, dist, zero
 from engine.batch import length_mask
 from engine.config import OptimizerSettings, Section
 from engine.console import progress_bar
@@ -90,10 +90,9 @@ def pad_right(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu")
 def sft_loss(model: nn.Module, examples: Sequence[Demonstration], denominator: float) -> Tensor:
     """Next-token cross-entropy summed over the response tokens of `examples`, divided by `denominator`."""
     ids, mask = pad_right([example.ids for example in examples], _device(model))
-    positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-    logits = model(input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False).logits
+    logits = causal.call(model, ids, mask, use_cache=False).logits
     starts = torch.tensor([example.prompt_tokens for example in examples], device=ids.device)
-    targets = (mask & (positions >= starts[:, None]))[:, 1:]  # the logits at t - 1 predict token t
+    targets = (mask & (causal.positions(mask) >= starts[:, None]))[:, 1:]  # the logits at t - 1 predict token t
     return F.cross_entropy(logits[:, :-1][targets].float(), ids[:, 1:][targets], reduction="sum") / denominator
 
 

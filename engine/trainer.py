@@ -13,6 +13,7 @@ from engine.checkpoint import export_final
 from engine.checks import check_files, warnings_of
 from engine.config import Recipe
 from engine.console import progress_bar
+from engine.errors import RecipeError
 from engine.evaluation import evaluate
 from engine.heldout import HeldOut, Look
 from engine.hybrid_engine import HybridEngine
@@ -29,9 +30,10 @@ from engine.plugins import load_function
 from engine.prompts import PromptSet, PromptSource, load_prompts
 from engine.report import before_after, draw_learning_curve
 from engine.reward_sources import Texts
-from engine.roles import ACTOR, RolesModel
+from engine.roles import ACTOR
 from engine.rollout import generate
 from engine.run_folder import RunFolder
+from engine.stopping import Stops, check_vocabulary
 from engine.update import update
 
 logger = dist.get_logger(__name__)
@@ -65,16 +67,15 @@ class Trainer:
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
         self.tokenizer = models.load_tokenizer(recipe.model)
-        self.prompt_set = load_prompts(recipe.data, self.tokenizer)
+        self.prompt_set = load_prompts(recipe.data, recipe.generation, self.tokenizer)
         self.prompts = self._prompt_source(self.prompt_set)
-        with progress_bar("loading models", total=3) as advance:
-            base = models.load_causal(recipe.model)
-            self.end_ids = models.end_token_ids(self.tokenizer, base, recipe.generation.end_tokens)
-            advance("base")
-            roles = RolesModel(base, recipe.actor, recipe.critic, recipe.generation.temperature)
-            self.engine = HybridEngine(roles, recipe)
+        with progress_bar("loading models", total=2) as advance:
+            self.engine = HybridEngine.load(recipe)
+            self._check_vocabulary(self.prompt_set)
+            end_ids = models.end_token_ids(self.tokenizer, self.engine.roles.causal, recipe.generation.end_tokens)
+            self.stops = Stops(end_ids, recipe.generation.stop_strings, self.tokenizer)
             advance("roles")
-            self.sources = reward_sources.build(recipe)
+            self.sources = reward_sources.build(recipe, self.engine, self.tokenizer)
             advance("rewards")
         self.heldout = self._heldout()
         self.combiner = ScoreCombiner(recipe)
@@ -86,7 +87,7 @@ class Trainer:
         """All iterations, then the final adapters and the report."""
         for warning in warnings_of(self.recipe):
             logger.warning("note: %s", warning)
-        base = dist.all_gather_objects(self.engine.base_hash())
+        base = dist.all_gather_objects(self.engine.frozen_hash())
         before = self._look(0)
         after = None
         with progress_bar("PPO", self.recipe.iterations) as advance:
@@ -103,9 +104,9 @@ class Trainer:
         recipe, clock = self.recipe, PhaseClock()
         prompts = self.prompts.batch(iteration, dist.rank(), dist.world_size())
         with clock.phase("generation"), self.engine.generation() as actor:
-            rollout = generate(actor, prompts, recipe.generation, self.end_ids, recipe.seed)
+            rollout = generate(actor, prompts, recipe.generation, self.stops, recipe.seed)
         with clock.phase("inference"), self.engine.inference():
-            texts = Texts.of(prompts, rollout, self.tokenizer)
+            texts = Texts.of(prompts, rollout, self.tokenizer, recipe.generation.stop_strings)
             evaluation = evaluate(
                 self.engine, self.sources, rollout, texts, recipe.kl, recipe.ppo.micro_batch_sequences
             )
@@ -133,17 +134,24 @@ class Trainer:
         data = self.recipe.data
         return PromptSource(prompts, self.recipe.seed, data.prompts_per_iteration, data.samples_per_prompt)
 
+    def _check_vocabulary(self, prompts: PromptSet) -> None:
+        rows = self.engine.roles.causal.config.get_text_config().vocab_size
+        problems = check_vocabulary(self.tokenizer, rows, {token for record in prompts.records for token in record.ids})
+        if problems:
+            raise RecipeError(*problems)
+
     def _heldout(self) -> HeldOut | None:
         settings = self.recipe.evaluation
         if settings.dataset is None:
             return None
-        found = load_prompts(self.recipe.data, self.tokenizer, settings.dataset)
+        found = load_prompts(self.recipe.data, self.recipe.generation, self.tokenizer, settings.dataset)
         if found.dropped or found.truncated:
             logger.warning("held-out prompts: %d dropped, %d truncated", found.dropped, found.truncated)
+        self._check_vocabulary(found)
         source = self._prompt_source(found)
         judge = load_function(settings.judge) if settings.judge else None
         prompts = source.head(settings.prompts, dist.rank(), dist.world_size())
-        return HeldOut(self.recipe, prompts, self.tokenizer, self.end_ids, judge)
+        return HeldOut(self.recipe, prompts, self.tokenizer, self.stops, judge)
 
     def _look(self, iteration: int) -> Look | None:
         """Held-out prompts after `iteration` iterations, when it is time for them."""
@@ -165,8 +173,8 @@ class Trainer:
             self.folder.add_samples(iteration + 1, "training", rows)
 
     def _finish(self, base: list[str], before: Look | None, after: Look | None) -> None:
-        export_final(self.engine.roles, self.folder.path / "final", self.recipe.model.path)
-        now = dist.all_gather_objects(self.engine.base_hash())
+        export_final(self.engine, self.folder.path / "final", self.recipe, self.tokenizer)
+        now = dist.all_gather_objects(self.engine.frozen_hash())
         if dist.rank() != 0:
             return
         self.folder.write_json("base_shards.json", {"sha256_by_rank_before": base, "sha256_by_rank_after": now})

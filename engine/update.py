@@ -60,6 +60,7 @@ def update(
             raise FloatingPointError(f"{where}: {error}") from error
         for role, norm in norms.items():
             stats.grad_norms.setdefault(role, []).append(norm)
+        stats.overflows += len(norms) < len(engine.role_steps)
         stats.steps += 1
     return stats
 
@@ -76,14 +77,14 @@ def _accumulate(
     sums: Counter = Counter()
     largest_deviation = 0.0
     for index, part in enumerate(parts):
-        loss, found = _joint_loss(engine, experience, part, recipe, kl_coef, frozen, denominator)
-        engine.backward(loss, last=index == len(parts) - 1)
+        policy, value, found = _losses(engine, experience, part, recipe, kl_coef, frozen, denominator)
+        engine.backward(policy, value, last=index == len(parts) - 1)
         largest_deviation = max(largest_deviation, found.pop("policy/ratio_deviation_max").item())
         sums.update({name: value.item() for name, value in found.items()})
     return _over_ranks(sums, largest_deviation)
 
 
-def _joint_loss(
+def _losses(
     engine: HybridEngine,
     experience: Experience,
     rows: Tensor,
@@ -91,8 +92,8 @@ def _joint_loss(
     kl_coef: float,
     frozen: frozenset[str],
     denominator: float,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of all roles on one micro-batch, one graph: separate backwards would leave stale ZeRO-3 gradients."""
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The actor's and the critic's loss on one micro-batch, and their statistics."""
     settings, device = recipe.ppo, engine.device
     kl_in_loss = recipe.kl.placement == "loss"
     full = kl_in_loss and recipe.kl.estimator == "full"
@@ -134,9 +135,9 @@ def _joint_loss(
         policy = policy + kl_coef * kl
     # A frozen role still goes through forward and backward: under ZeRO-3 every parameter needs its gradient, even 0.
     policy = policy * (0.0 if ACTOR in frozen else 1.0)
-    loss = policy + settings.value_coef * value
-    found["joint_loss"] = loss.detach()
-    return loss, found
+    value = settings.value_coef * value
+    found["joint_loss"] = policy.detach() + value.detach()
+    return policy, value, found
 
 
 def _over_ranks(sums: Counter, largest_deviation: float) -> Counter:

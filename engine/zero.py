@@ -11,19 +11,22 @@ import io
 import math
 import os
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
+from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-from engine import dist
+from engine import causal, dist
 from engine.config import OptimizerSettings
+from engine.errors import RecipeError
 
 logger = dist.get_logger(__name__)
 
@@ -44,6 +47,19 @@ def start() -> None:
     logger.info("starting DeepSpeed (the first start on a machine compiles a small operator: a minute or two)")
     with _quiet():
         deepspeed.init_distributed(verbose=False)
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Refuse float16 where DeepSpeed will not train in it, before anything is loaded.
+
+    Raises:
+        RecipeError: this processor has no float16 arithmetic.
+    """
+    if dtype == torch.float16 and not get_accelerator().is_fp16_supported():
+        raise RecipeError(
+            f"model.dtype float16 needs a device that computes in it, and DeepSpeed finds none here "
+            f"({get_accelerator().device_name()}); set model.dtype to bfloat16 or float32"
+        )
 
 
 def _share_cores() -> None:
@@ -74,6 +90,8 @@ class RoleSteps:
     """
 
     partitioned: bool
+    correction: Callable[[], float] | None = None
+    """Factor on every gradient: DeepSpeed may have unscaled it by another scale than the loss had."""
     norms: dict[str, float] = field(default_factory=dict)
     skip: bool = False
     frozen: frozenset[str] = frozenset()
@@ -94,6 +112,9 @@ class RoleSteps:
                 for parameter in parameters:
                     parameter.grad = None
             elif parameters:
+                if self.correction is not None:
+                    for parameter in parameters:
+                        parameter.grad.mul_(self.correction())
                 self.norms[group["role"]] = self._clip(parameters, group["gradient_clipping"])
                 if group["role"] in self.frozen:
                     for parameter in parameters:
@@ -134,6 +155,7 @@ class TrainedEngine:
         listed = {id(p) for group in groups for p in group.parameters}
         trainable = {id(p) for p in module.parameters() if p.requires_grad}
         assert listed == trainable, "a trainable parameter without a group, or a frozen one in a group"
+        self.ds_config = ds_config
         self.stage: int = ds_config.get("zero_optimization", {}).get("stage", 0)
         offload = ds_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
         self.optimizer = _adamw(groups, on_cpu=offload == "cpu")
@@ -142,10 +164,12 @@ class TrainedEngine:
         # In bf16 at stage 0 DeepSpeed takes a step with zero gradients while it starts up. If that counted, Adam's bias
         # correction would be one step ahead.
         self.steps.skip = True
+        _fetch_experts_together(module)
         with _quiet():
             self.engine, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=ds_config)
         self.steps.skip = False
         self.module = module
+        self.scales_loss: bool = ds_config.get("fp16", {}).get("enabled", False)
 
     @property
     def device(self) -> torch.device:
@@ -161,12 +185,16 @@ class TrainedEngine:
         overwrites gradients and later ones add, so a role that the first one missed would keep stale gradients.
         """
         self.engine.set_gradient_accumulation_boundary(last)
+        if self.scales_loss and self.stage == 0:
+            loss = loss * self._loss_scale()  # DeepSpeed scales it under ZeRO alone, and unscales always
         self.engine.backward(loss)
         if not last:
             self.engine.step()
 
     def step(self, learning_rates: dict[str, float], frozen: frozenset[str] = frozenset()) -> dict[str, float]:
         """Take the optimizer step; returns each role's gradient norm before clipping.
+
+        In float16 an overflow makes DeepSpeed lower its loss scale and pass the step over: no norm is returned then.
 
         Args:
             learning_rates: by role; 0 for a frozen one.
@@ -178,11 +206,21 @@ class TrainedEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rates[group["role"]]
         self.steps.norms, self.steps.frozen = {}, frozen
+        if self.scales_loss:
+            scaled_by = self._loss_scale()
+            # A dynamic scale that grows in this very step grows before DeepSpeed divides the gradients by it.
+            self.steps.correction = lambda: self._loss_scale() / scaled_by
         self.engine.step()
         norms = dict(self.steps.norms)
+        if self.scales_loss and not norms:
+            return {}
         if set(norms) != set(learning_rates):
             raise FloatingPointError(f"a gradient is not finite: DeepSpeed stepped {sorted(norms) or 'no role'} alone")
         return norms
+
+    def _loss_scale(self) -> float:
+        optimizer = self.engine.optimizer
+        return optimizer.loss_scale_config.cur_scale if self.stage == 0 else optimizer.loss_scale
 
     def discard(self) -> None:
         """Forget the gradients of the minibatch: weights, moments and step counts stay as they are."""
@@ -202,15 +240,10 @@ class FrozenEngine:
 
     def __init__(self, module: nn.Module, dtype: torch.dtype, offload_to_cpu: bool):
         module.requires_grad_(False)
-        zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 50_000_000}
-        if offload_to_cpu:
-            zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-        config = {
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_clipping": 0.0,
-            "bf16": {"enabled": dtype == torch.bfloat16},
-            "zero_optimization": zero,
-        }
+        config = frozen_config(dtype, offload_to_cpu)
+        if offload_to_cpu and get_accelerator().device_name() == "cpu":
+            logger.warning("offload_param cpu frees nothing here: the device is the CPU itself")
+        _fetch_experts_together(module)
         with _quiet():
             self.engine, *_ = deepspeed.initialize(model=module, config=config)
         self.module = module
@@ -225,6 +258,25 @@ class FrozenEngine:
 
     def close(self) -> None:
         self.engine.destroy()
+
+
+def _fetch_experts_together(module: nn.Module) -> None:
+    for experts in causal.expert_modules(module):
+        deepspeed.utils.set_z3_leaf_module(experts, True)
+
+
+def frozen_config(dtype: torch.dtype, offload_to_cpu: bool) -> dict:
+    """DeepSpeed's configuration of a frozen engine."""
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 50_000_000}
+    if offload_to_cpu:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 0.0,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
+        "zero_optimization": zero,
+    }
 
 
 def _adamw(groups: list[ParameterGroup], on_cpu: bool) -> torch.optim.Optimizer:
@@ -253,6 +305,57 @@ def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
         return
     with deepspeed.zero.GatheredParameters(partitioned):
         yield
+
+
+@contextmanager
+def sharded_loading(ds_config: dict | None, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, transformers models load straight into ZeRO-3 shards: no rank ever holds one whole (a collective).
+
+    Rank 0 reads the files tensor by tensor and sends each rank its part. Quantized models load whole: bitsandbytes
+    can't quantize a shard. Below stage 3 nothing changes.
+
+    Args:
+        ds_config: as read or as resolved; its stage and offload_param count here.
+
+    Raises:
+        RecipeError: the model can't be loaded; what one rank alone notices, such as a tensor of the wrong size, is
+            raised on every rank.
+    """
+    zero = (ds_config or {}).get("zero_optimization", {})
+    if zero.get("stage", 0) != 3:
+        yield
+        return
+    # transformers keeps a weak reference that changes every model it builds; a later one must not come out in shards.
+    state = HfDeepSpeedConfig(_loading_config(zero, dtype))
+    problems: tuple[str, ...] = ()
+    try:
+        yield
+    except RecipeError as error:
+        problems = error.problems
+    finally:
+        del state
+    found = [problem for rank_problems in dist.all_gather_objects(problems) for problem in rank_problems]
+    if found:
+        raise RecipeError(*dict.fromkeys(found))
+
+
+def _loading_config(zero: dict, dtype: torch.dtype) -> dict:
+    """What decides how a parameter is cut and where its shards lie, before anything else is known."""
+    # What is "auto" still is resolved for the engine later, and none of it cuts a parameter.
+    kept = {key: value for key, value in zero.items() if value != "auto"}
+    if isinstance(kept.get("offload_param"), dict) and kept["offload_param"].get("pin_memory") == "auto":
+        kept["offload_param"] = {**kept["offload_param"], "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
+        "zero_optimization": kept,
+    }
+
+
+def elements(parameter: nn.Parameter) -> int:
+    """How many numbers the whole parameter has, sharded or not."""
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def is_gathered(parameter: nn.Parameter) -> bool:

@@ -30,10 +30,25 @@ def config(**changes) -> LlamaConfig:
     )
 
 
-def save_policy(folder: Path) -> Path:
+def save_policy(folder: Path, shard_bytes: int = 10**9, **changes) -> Path:
+    """In safetensors files of at most `shard_bytes`."""
     torch.manual_seed(0)
-    LlamaForCausalLM(config()).save_pretrained(folder)
+    LlamaForCausalLM(config(**changes)).save_pretrained(folder, max_shard_size=shard_bytes)
     tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_policy_in_torch_files(folder: Path, files: int = 2) -> Path:
+    """As torch wrote models before safetensors: the same weights as `save_policy`, in .bin files with an index."""
+    save_policy(folder)
+    (folder / "model.safetensors").unlink()
+    torch.manual_seed(0)
+    weights = LlamaForCausalLM(config()).state_dict()
+    names = [f"pytorch_model-{i + 1:05d}-of-{files:05d}.bin" for i in range(files)]
+    home = {key: names[i % files] for i, key in enumerate(weights)}
+    for name in names:
+        torch.save({key: weights[key] for key in weights if home[key] == name}, folder / name)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": home}))
     return folder
 
 
@@ -51,11 +66,12 @@ def save_prompts(path: Path, count: int = 20) -> Path:
 
 
 def save_recipe(folder: Path, **sections) -> Path:
-    """A complete recipe over a policy, a reward model and prompts that are made beside it."""
+    """A complete recipe over a policy (unless there is one), a reward model and prompts that are made beside it."""
+    policy = folder / "policy"
     values = {
         "iterations": 2,
         "output": str(folder / "run"),
-        "model": {"path": str(save_policy(folder / "policy"))},
+        "model": {"path": str(policy if policy.is_dir() else save_policy(policy))},
         "rewards": [{"model": str(save_reward_model(folder / "reward"))}],
         "data": {
             "dataset": str(save_prompts(folder / "prompts.jsonl")),

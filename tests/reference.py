@@ -6,10 +6,11 @@ from __future__ import annotations
 import torch
 from peft import get_peft_model
 
+from engine.adapters import lora_config
 from engine.batch import Experience
 from engine.config import Recipe
 from engine.minibatches import minibatch_rows
-from engine.roles import ACTOR, CRITIC, lora_config
+from engine.roles import ACTOR, CRITIC
 from tests import tiny
 
 
@@ -19,20 +20,28 @@ class Reference:
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
         start = tiny.roles(recipe)
-        self.actor = get_peft_model(tiny.llama(), lora_config(recipe.actor.lora), adapter_name=ACTOR)
-        self.critic = get_peft_model(tiny.llama(), lora_config(recipe.critic.lora), adapter_name=CRITIC)
-        self.head = torch.nn.Linear(32, 1, bias=False)
-        self.head.load_state_dict(start.value_head.state_dict())
-        for model, role in ((self.actor, ACTOR), (self.critic, CRITIC)):
-            wanted = {n: p.data for n, p in start.role_parameters(role).items() if n != "value_head.weight"}
-            if wanted:
-                missing = model.load_state_dict(wanted, strict=False)
-                assert not missing.unexpected_keys
-        trunk = recipe.critic.home == "trunk"
+        if recipe.actor.train == "full":
+            self.actor = tiny.llama().requires_grad_(True)
+        else:
+            self.actor = get_peft_model(tiny.llama(), lora_config(recipe.actor.lora), adapter_name=ACTOR)
+            _copy(start.role_parameters(ACTOR), self.actor)
+        self.critic, self.head = None, torch.nn.Linear(32, 1, bias=False)
+        if recipe.critic.home == "model":
+            own = tiny.value_model(recipe)
+            self.critic, self.head = own.scorer.model, own.scorer.score
+            trained = {f"critic {n}": p for n, p in own.role_parameters(CRITIC).items()}
+        else:
+            self.head.load_state_dict(start.value_head.state_dict())
+            trained = {"critic value_head.weight": self.head.weight}
+        if recipe.critic.home == "adapter":
+            adapted = get_peft_model(tiny.llama(), lora_config(recipe.critic.lora), adapter_name=CRITIC)
+            own = {n: p for n, p in start.role_parameters(CRITIC).items() if n != "value_head.weight"}
+            _copy(own, adapted)
+            self.critic = adapted.get_base_model().model
+            trained |= {f"critic {n}": p for n, p in adapted.named_parameters() if p.requires_grad}
+        self.trained = {f"actor {n}": p for n, p in self.actor.named_parameters() if p.requires_grad} | trained
         self.parameters = {
-            ACTOR: [p for p in self.actor.parameters() if p.requires_grad],
-            CRITIC: list(self.head.parameters())
-            + ([] if trunk else [p for p in self.critic.parameters() if p.requires_grad]),
+            role: [p for name, p in self.trained.items() if name.startswith(role)] for role in (ACTOR, CRITIC)
         }
         self.optimizers = {
             role: torch.optim.AdamW(
@@ -53,11 +62,11 @@ class Reference:
         logprobs = (output.logits[0, p - 1 : p + r - 1] / self.recipe.generation.temperature).log_softmax(-1)
         chosen = logprobs[torch.arange(r), ids[0, p:]]
         entropy = -(logprobs.exp() * logprobs).sum(-1)
-        if self.recipe.critic.home == "trunk":
+        if self.critic is None:
             hidden = output.hidden_states[-1][0]
             hidden = hidden.detach() if self.recipe.critic.trunk_detach else hidden
         else:
-            hidden = self.critic(input_ids=ids, output_hidden_states=True).hidden_states[-1][0]
+            hidden = self.critic(input_ids=ids).last_hidden_state[0]
         return chosen, entropy, self.head(hidden)[p - 1 : p + r - 1, 0]
 
     def loss(self, experience: Experience, rows) -> torch.Tensor:
@@ -101,8 +110,9 @@ class Reference:
         return norms
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Trained weights by the engine's names."""
-        found = {"value_head.weight": self.head.weight.data}
-        for model in (self.actor, self.critic):
-            found |= {n: p.data for n, p in model.named_parameters() if p.requires_grad}
-        return found
+        """Trained weights, by role and the engine's names."""
+        return {name: p.data for name, p in self.trained.items()}
+
+
+def _copy(wanted: dict[str, torch.Tensor], model: torch.nn.Module) -> None:
+    assert not model.load_state_dict({n: p.data for n, p in wanted.items()}, strict=False).unexpected_keys

@@ -10,11 +10,14 @@ import pytest
 from engine.config import REPOSITORY
 
 LAYERS = [
-    {"errors"},
-    {"ppo", "batch", "config", "dist", "randomness", "scoring", "stories"},
-    {"zero", "ds_config", "plugins", "command_line", "console", "minibatches", "models", "roles", "prompts", "metrics"},
-    {"replica", "reward_sources", "checks", "run_folder", "checkpoint"},
-    {"hybrid_engine"},
+    {"errors", "combinations"},
+    {"ppo", "batch", "causal", "config", "dist", "randomness", "stories", "reward_text", "stopping"},
+    {"zero", "ds_config", "plugins", "command_line", "console", "minibatches", "models", "prompts", "metrics"}
+    | {"adapters", "scoring"},
+    {"roles", "run_folder", "adapter_checks"},
+    {"replica", "model_checks"},
+    {"hybrid_engine", "checks"},
+    {"checkpoint", "reward_sources"},
     {"rollout", "evaluation", "advantages", "update", "supervised"},
     {"heldout", "toyworld"},
     {"report"},
@@ -22,6 +25,8 @@ LAYERS = [
 ]
 """DESIGN.md section 4 from the bottom up: a module imports from layers strictly below its own."""
 
+LIGHT = ["combinations", "config", "command_line", "ds_config", "plugins", "checks", "model_checks", "reward_text"]
+LIGHT += ["adapter_checks"]
 PHASES = {"rollout", "evaluation", "advantages", "update", "supervised"}
 LAYER_OF = {name: index for index, layer in enumerate(LAYERS) for name in layer}
 MODULES = {path.stem: path for path in sorted((REPOSITORY / "engine").glob("*.py")) if path.stem != "__init__"}
@@ -105,15 +110,14 @@ def test_the_mathematics_imports_torch_alone():
     assert packages(tree_of(MODULES["ppo"])) == {"__future__", "torch"}
 
 
-@pytest.mark.parametrize("name", ["config", "command_line", "ds_config", "plugins", "checks"])
+@pytest.mark.parametrize("name", LIGHT)
 def test_a_bad_recipe_is_told_without_torch(name):
     """`--help` and the checks of a recipe answer at once: nothing heavy is imported at the top of these."""
     heavy = {"torch", "transformers", "peft", "datasets", "deepspeed"}
     statements = [node for node in tree_of(MODULES[name]).body if isinstance(node, ast.Import | ast.ImportFrom)]
     top = ast.Module(statements, type_ignores=[])
     assert not packages(top) & heavy
-    light = {"config", "command_line", "ds_config", "plugins", "checks", "errors"}
-    assert engine_imports(top) <= light
+    assert engine_imports(top) <= {*LIGHT, "errors"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(REPOSITORY)))

@@ -50,6 +50,11 @@ def test_prompts_with_a_row_too_few_are_refused(name):
         replace(tiny.prompts(), **{name: getattr(tiny.prompts(), name)[:-1]})
 
 
+def test_a_prompt_without_room_for_a_response_is_refused():
+    with pytest.raises(AssertionError, match="no response"):
+        replace(tiny.prompts(rows=2), max_new_tokens=torch.tensor([3, 0]))
+
+
 @pytest.mark.parametrize("name", [field.name for field in fields(tiny.rollout())])
 def test_rollouts_with_a_row_too_few_are_refused(name):
     with pytest.raises(AssertionError):

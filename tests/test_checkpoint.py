@@ -1,45 +1,102 @@
-"""Exported adapters and value head compute in plain transformers + peft what they computed in the engine."""
+"""Exported weights compute in plain transformers + peft what they computed in the engine."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM
 
 from engine.checkpoint import export_final
-from tests import tiny
+from engine.hybrid_engine import HybridEngine
+from engine.roles import ReferenceModel, RolesModel
+from tests import checkpoints, tiny
 
 pytestmark = pytest.mark.dist
+
+FULL = {"actor": {"train": "full"}, "reference": {"home": "model"}}
+HOMES = {
+    "adapter": {},
+    "trunk": {"critic": {"home": "trunk"}},
+    "embeddings": {"actor": {"lora": {"modules_to_save": ["embed_tokens", "lm_head"]}}},
+    "dora": {"actor": {"lora": {"dora": True}}},
+    "full": {**FULL, "critic": {"home": "trunk"}},
+    "critic model": {"critic": {"home": "model"}},
+    "full critic": {**FULL, "critic": {"home": "model", "train": "full"}},
+}
 
 
 def export(stage: str, home: str, folder: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Export the tiny roles, then the engine's own log-probs and values of the tiny rollout."""
-    recipe = tiny.recipe(zero={"ds_config": f"ds_configs/{stage}.json"}, critic={"home": home})
+    recipe = tiny.recipe(zero={"ds_config": tiny.ds_config(stage)}, **HOMES[home])
     engine = tiny.engine(recipe)
-    from pathlib import Path
-
-    export_final(engine.roles, Path(folder), "tiny")
+    export_final(engine, Path(folder), recipe, checkpoints.tokenizer())
     with engine.inference():
         output = engine.forward(tiny.rollout(), torch.arange(7), values=True)
     engine.close()
     return output.logprobs, output.values
 
 
-@pytest.mark.parametrize(("stage", "home"), [("zero0", "adapter"), ("zero3", "adapter"), ("zero3", "trunk")])
-def test_export_computes_the_same_in_plain_peft(pool, tmp_path, stage, home):
+def exported(folder: Path, home: str):
+    """Actor, the critic's backbone and its head, as a user of plain libraries loads them."""
+    if "full" in home:
+        actor = AutoModelForCausalLM.from_pretrained(folder / "actor")
+        assert AutoTokenizer.from_pretrained(folder / "actor").eos_token == "<eos>"
+    else:
+        actor = PeftModel.from_pretrained(tiny.llama(), str(folder / "actor")).get_base_model()
+    if home == "full critic":
+        critic = AutoModelForSequenceClassification.from_pretrained(folder / "critic")
+        return actor, critic.model, critic.score
+    if home == "critic model":
+        critic = PeftModel.from_pretrained(tiny.scorer(), str(folder / "critic")).get_base_model()
+        return actor, critic.model, critic.score
+    head = torch.nn.Linear(32, 1, bias=False)
+    head.weight.data = load_file(folder / "critic" / "value_head.safetensors")["weight"]
+    if home in ("trunk", "full"):
+        return actor, actor.model, head
+    return actor, PeftModel.from_pretrained(tiny.llama(), str(folder / "critic")).get_base_model().model, head
+
+
+@pytest.mark.parametrize(("stage", "home"), [("zero0", "adapter"), *(("zero3", home) for home in HOMES)])
+def test_export_computes_the_same_in_plain_libraries(pool, tmp_path, stage, home):
     logprobs, values = pool.run(export, stage, home, str(tmp_path / "final"))[0]
-    actor = PeftModel.from_pretrained(tiny.llama(), str(tmp_path / "final" / "actor"))
-    critic = actor
-    if home == "adapter":
-        critic = PeftModel.from_pretrained(tiny.llama(), str(tmp_path / "final" / "critic"))
-    head = load_file(tmp_path / "final" / "critic" / "value_head.safetensors")["weight"]
+    actor, critic, head = exported(tmp_path / "final", home)
     rollout = tiny.rollout()
     for row in range(7):
         p, r = int(rollout.prompt_lengths[row]), int(rollout.response_lengths[row])
         ids = torch.cat([rollout.prompt_ids[row, -p:], rollout.response_ids[row, :r]])[None]
         with torch.no_grad():
             plain = actor(ids).logits[0, p - 1 : p + r - 1].log_softmax(-1)[torch.arange(r), ids[0, p:]]
-            hidden = critic.get_base_model().model(ids).last_hidden_state[0, p - 1 : p + r - 1]
+            hidden = critic(ids).last_hidden_state[0, p - 1 : p + r - 1]
+            assert torch.allclose(plain, logprobs[row, :r], atol=1e-5)
+            assert torch.allclose(head(hidden)[:, 0], values[row, :r], atol=1e-5)
+
+
+def export_tied(stage: str, folder: str) -> torch.Tensor:
+    """As `export`, of a full actor whose output head is its embedding."""
+    recipe = tiny.recipe(zero={"ds_config": tiny.ds_config(stage)}, **HOMES["full"])
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(tiny.config(tie_word_embeddings=True)).requires_grad_(False)
+    engine = HybridEngine(RolesModel(base, recipe), recipe, None, ReferenceModel(tiny.llama(), 1.0))
+    export_final(engine, Path(folder), recipe, checkpoints.tokenizer())
+    with engine.inference():
+        logprobs = engine.forward(tiny.rollout(), torch.arange(7)).logprobs
+    engine.close()
+    return logprobs
+
+
+@pytest.mark.parametrize("stage", ["zero0", "zero3"])
+def test_a_full_actor_with_tied_weights_is_exported_whole(pool, tmp_path, stage):
+    logprobs = pool.run(export_tied, stage, str(tmp_path / "final"))[0]
+    actor = AutoModelForCausalLM.from_pretrained(tmp_path / "final" / "actor")
+    assert "lm_head.weight" not in load_file(tmp_path / "final" / "actor" / "model.safetensors")
+    rollout = tiny.rollout()
+    for row in range(7):
+        p, r = int(rollout.prompt_lengths[row]), int(rollout.response_lengths[row])
+        ids = torch.cat([rollout.prompt_ids[row, -p:], rollout.response_ids[row, :r]])[None]
+        with torch.no_grad():
+            plain = actor(ids).logits[0, p - 1 : p + r - 1].log_softmax(-1)[torch.arange(r), ids[0, p:]]
         assert torch.allclose(plain, logprobs[row, :r], atol=1e-5)
-        assert torch.allclose((hidden @ head.T)[:, 0], values[row, :r], atol=1e-5)

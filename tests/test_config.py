@@ -183,7 +183,7 @@ def test_nearest_is_always_a_known_key():
         ("ppo: {epochs: 2.5}", ["ppo.epochs", "integer", "got 2.5", "Passes over"]),
         ("ppo: {gamma: 1.5}", ["ppo.gamma", "less than or equal to 1", "got 1.5"]),
         ("scores: {clip: .inf}", ["scores.clip", "finite", "got inf"]),
-        ("model: {dtype: float16}", ["model.dtype", "'float32' or 'bfloat16'", "got 'float16'"]),
+        ("model: {dtype: float8}", ["model.dtype", "'float32', 'bfloat16' or 'float16'", "got 'float8'"]),
         ("output: 2024", ["output", "string", "got 2024"]),
         ("data: 5", ["data", "mapping of keys", "got 5", "prompts_per_iteration"]),
         ("actor: {lora: {targets: 3}}", ["actor.lora.targets", "string or", "list", "got 3"]),
@@ -222,7 +222,7 @@ def test_all_errors_at_once(tmp_path):
         ("critic: {trunk_detach: true}", ["trunk_detach", "home adapter", "critic.home"]),
         ("rewards: [{model: a/x}, {model: b/x}]", ["distinct", "'x' 2 times", "name:"]),
         ("rewards: [{model: a, function: f.py:g}]", ["exactly one", "'a'", "'f.py:g'"]),
-        ("rewards: [{weight: 1}]", ["exactly one", "model=None"]),
+        ("rewards: [{weight: 1}]", ["exactly one", "got none"]),
     ],
 )
 def test_contradictions_are_refused(tmp_path, text, parts):
@@ -352,7 +352,9 @@ def test_positions_of_a_nested_text_model(world):
     (world / "policy" / "config.json").write_text(
         json.dumps({"model_type": "llama", "text_config": {"max_position_embeddings": 100}})
     )
-    assert "at most 100" in refused()
+    with pytest.raises(RecipeError) as caught:
+        check_files(recipe_of())
+    assert any("at most 100" in problem for problem in caught.value.problems)
 
 
 def test_model_paths(world):
@@ -461,15 +463,52 @@ def test_columns_that_would_meet_a_reward_functions_arguments(tmp_path):
         check_files(recipe, built=False)
 
 
-def test_a_reward_model_with_another_vocabulary(tmp_path):
-    from tests import checkpoints
+def own_tokenizer(folder, **changes):
+    """A tokenizer of the reward model's own, with four ids."""
+    raw = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "b": 2, "a": 3}, unk_token="<unk>"))
+    settings = {"eos_token": "</s>", "unk_token": "<unk>", **changes}
+    PreTrainedTokenizerFast(tokenizer_object=raw, **settings).save_pretrained(folder)
 
-    recipe = load_recipe(checkpoints.save_recipe(tmp_path))
-    check_files(recipe)
-    file = tmp_path / "reward" / "tokenizer.json"
-    file.write_text(file.read_text().replace('"a": 3', '"a": 4').replace('"b": 4', '"b": 3'))
-    with pytest.raises(RecipeError, match="another vocabulary"):
-        check_files(recipe)
+
+def test_a_reward_model_with_another_tokenizer(world):
+    reward = {"n_positions": 10, "num_labels": 1, "vocab_size": 4}
+    (world / "reward" / "config.json").write_text(json.dumps(reward))
+    assert "takes at most 10" in refused(), "without a tokenizer it reads the policy's ids"
+    own_tokenizer(world / "reward")
+    check_files(recipe_of())  # it reads text: how long that gets nobody knows yet
+    (world / "reward" / "config.json").write_text(json.dumps({**reward, "vocab_size": 3}))
+    assert "has 3 embeddings (vocab_size), and its own tokenizer has token ids up to 3" in refused()
+    (world / "reward" / "config.json").write_text(json.dumps(reward))
+    own_tokenizer(world / "reward", eos_token=None)
+    assert "no EOS token, so it could not tell whether a response ended; set eos_token" in refused()
+    (world / "reward" / "tokenizer.json").write_text("{")
+    assert "rewards.model: the tokenizer of reward can't be loaded" in refused()
+
+
+def test_a_reward_model_too_small_for_the_policys_ids(world):
+    (world / "reward" / "config.json").write_text(json.dumps({"num_labels": 1, "vocab_size": 2}))
+    assert "reward has 2 embeddings (vocab_size), and the policy policy has token ids up to 2" in refused()
+    (world / "reward" / "config.json").write_text(json.dumps({"num_labels": 1, "vocab_size": 3}))
+    check_files(recipe_of())
+
+
+def test_a_reward_model_with_another_tokenizer_for_chats(world):
+    (world / "policy" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    rows = [{"chat": [{"role": role, "content": "a"}, {"role": "user", "content": "b"}]} for role in ("user", "system")]
+    (world / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chats = {"data": {"dataset": "prompts.jsonl", "messages_column": "chat"}}
+    check_files(recipe_of(**chats))  # the policy's ids are those of its own template
+    own_tokenizer(world / "reward", eos_token=None)
+    said = refused(**chats)
+    assert "no chat template for data.messages_column chat; give it one (chat_template.jinja)" in said
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    own_tokenizer(world / "reward", eos_token=None, chat_template=template)
+    check_files(recipe_of(**chats))  # its template says where a turn ends
+    picky = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + template
+    own_tokenizer(world / "reward", chat_template=picky)
+    chats["evaluation"] = {}
+    said = refused(**chats)
+    assert "reward can't read prompts.jsonl, line 2: its chat template failed: no system role; mend" in said
 
 
 def test_a_horizon_that_could_turn_kl_coef_negative():

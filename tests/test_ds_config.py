@@ -30,7 +30,7 @@ def write(tmp_path, text):
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_every_file_resolves_to_what_deepspeed_accepts(file, dtype):
     from deepspeed.runtime.config import DeepSpeedConfig
 
@@ -41,6 +41,7 @@ def test_every_file_resolves_to_what_deepspeed_accepts(file, dtype):
     assert parsed.train_micro_batch_size_per_gpu == parsed.train_batch_size == 4
     assert parsed.gradient_accumulation_steps == 1
     assert parsed.bfloat16_config.enabled == (dtype == "bfloat16")
+    assert parsed.float16_config.enabled == (dtype == "float16")
     assert f"zero{parsed.zero_config.stage}" in file.stem
     offload = parsed.zero_config.offload_optimizer
     assert (offload is not None and offload.device == "cpu") == ("offload" in file.stem)
@@ -133,7 +134,7 @@ def test_missing_file(tmp_path):
         ({"gradient_allreduce_op": "sum"}, ["mean", "got 'sum'"]),
         ({"optimizer": {"type": "Adam"}}, ["optimizer", "actor.optimizer"]),
         ({"scheduler": {"type": "WarmupLR"}}, ["scheduler", "schedule"]),
-        ({"fp16": {"enabled": True}}, ["fp16", "model.dtype"]),
+        ({"torch_autocast": {"enabled": True}}, ["torch_autocast", "model.dtype"]),
         ({"hybrid_engine": {"enabled": True}}, ["hybrid_engine"]),
         ({"zero_optimization": True}, ["zero_optimization must be an object"]),
         ({"zero_optimization": {"stage": 4}}, ["0, 1, 2 or 3", "got 4"]),
@@ -176,6 +177,10 @@ def test_dtype_follows_the_recipe():
     said = problems_of({"bf16": {"enabled": True}}, dtype="float32")
     assert "bf16.enabled must be false" in said and "model.dtype float32" in said
     assert "bf16 must be an object" in problems_of({"bf16": True})
+    kept = resolve({"fp16": {"loss_scale_window": 5}}, dtype="float16")
+    assert kept["fp16"] == {"loss_scale_window": 5, "enabled": True} and kept["bf16"]["enabled"] is False
+    said = problems_of({"fp16": {"enabled": True}}, dtype="bfloat16")
+    assert "fp16.enabled must be false" in said and "model.dtype bfloat16" in said
 
 
 @pytest.mark.parametrize(("trained", "bucket"), [(1000, 1000), (49_999_999, 49_999_999), (7_000_000_000, 50_000_000)])

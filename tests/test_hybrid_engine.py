@@ -18,16 +18,16 @@ def run_update(settings: dict) -> dict:
     """On a rank: one iteration's update from the tiny start; what came of it."""
     recipe = tiny.recipe(**settings)
     engine = tiny.engine(recipe)
-    base = engine.base_hash()
+    base = engine.frozen_hash()
     stats = update(engine, tiny.experience(), recipe, iteration=0, kl_coef=recipe.kl.kl_coef, frozen=frozenset())
     weights = trained_weights(engine)
-    moved = engine.base_hash() != base
+    moved = engine.frozen_hash() != base
     engine.close()
     return {"weights": weights, "norms": stats.grad_norms, "sums": dict(stats.sums), "base_moved": moved}
 
 
 def trained_weights(engine) -> dict[str, torch.Tensor]:
-    parameters = {n: p for role in (ACTOR, CRITIC) for n, p in engine.roles.role_parameters(role).items()}
+    parameters = {f"{role} {n}": p for role in (ACTOR, CRITIC) for n, p in engine.role_parameters(role).items()}
     with zero.gathered(parameters.values()):
         return {name: p.detach().clone() for name, p in parameters.items()}
 
@@ -35,10 +35,10 @@ def trained_weights(engine) -> dict[str, torch.Tensor]:
 def assert_same(result: dict, norms: list[dict[str, float]], weights: dict[str, torch.Tensor], tolerance=2e-6) -> None:
     for role in (ACTOR, CRITIC):
         assert result["norms"][role] == pytest.approx([n[role] for n in norms], rel=1e-4)
+    assert result["weights"].keys() == weights.keys()
     for name, expected in weights.items():
-        if name in result["weights"]:
-            difference = (result["weights"][name] - expected).abs().max().item()
-            assert difference < tolerance, f"{name} differs by {difference:.1e}"
+        difference = (result["weights"][name] - expected).abs().max().item()
+        assert difference < tolerance, f"{name} differs by {difference:.1e}"
     assert not result["base_moved"]
 
 
@@ -65,6 +65,29 @@ def test_two_ranks_at_every_stage_make_the_plain_update(pool, expected, stage, h
         assert_same(result, *expected[home])
 
 
+OWN_MODELS = {
+    "full actor, trunk": {"actor": {"train": "full"}, "critic": {"home": "trunk"}, "reference": {"home": "model"}},
+    "critic LoRA model": {"critic": {"home": "model"}},
+    "both full": {
+        "actor": {"train": "full"},
+        "critic": {"home": "model", "train": "full"},
+        "reference": {"home": "model"},
+    },
+}
+
+
+@pytest.mark.parametrize("homes", OWN_MODELS)
+def test_models_of_their_own_make_the_plain_update_too(pool, homes):
+    chosen = OWN_MODELS[homes]
+    common = settings("zero0", chosen["critic"]["home"])
+    plain = Reference(tiny.recipe(**{**common, **chosen}))
+    norms = plain.update(tiny.experience())
+    for stage in ("zero0", "zero2", "zero3", "zero3_cpu_offload"):
+        common = settings(stage, chosen["critic"]["home"], checkpointing=stage == "zero3")
+        for result in pool.run(run_update, {**common, **chosen}):
+            assert_same(result, norms, plain.weights(), tolerance=5e-6)
+
+
 @pytest.mark.parametrize("micro", [1, 4])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
@@ -82,7 +105,7 @@ def test_one_rank_makes_the_same_update(single, expected, stage):
 
 def settings(stage: str, home: str, micro: int = 2, checkpointing: bool = False) -> dict:
     return {
-        "zero": {"ds_config": f"ds_configs/{stage}.json", "activation_checkpointing": checkpointing},
+        "zero": {"ds_config": tiny.ds_config(stage), "activation_checkpointing": checkpointing},
         "critic": {"home": home},
         "ppo": {"micro_batch_sequences": micro, "entropy_coef": 0.01, "value_coef": 0.5},
     }

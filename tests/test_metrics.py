@@ -27,6 +27,7 @@ from engine.metrics import (
 )
 from engine.report import read_jsonl
 from engine.run_folder import RunFolder
+from engine.stopping import Stops
 from engine.update import UpdateStats, update
 from tests import tiny
 
@@ -157,6 +158,7 @@ STATS = UpdateStats(
     grad_norms={"actor": [1.0, 2.0, 6.0], "critic": [0.5, 0.25, 0.0]},
     learning_rates={"actor": 1e-4, "critic": 3e-4},
     steps=3,
+    overflows=2,
     skipped=1,
 )
 
@@ -173,6 +175,7 @@ def test_update_metrics_by_hand():
         "value/clip_fraction": 0.25,
         "kl/loss": 0.15,
         "update/steps": 3,
+        "update/overflows": 2,
         "update/skipped_minibatches": 1,
         "grad_norm/actor": 3.0,
         "grad_norm/critic": 0.25,
@@ -309,7 +312,9 @@ class Words:
 def emitted_by_a_look() -> dict[str, float]:
     recipe = tiny.recipe()
     engine = tiny.engine(recipe)
-    look = HeldOut(recipe, tiny.prompts(), Words(), (7, 11), judge=None).look(engine, reward_sources.build(recipe))
+    look = HeldOut(recipe, tiny.prompts(), Words(), Stops((7, 11)), judge=None).look(
+        engine, reward_sources.build(recipe, engine, None)
+    )
     engine.close()
     return look.metrics
 

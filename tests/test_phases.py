@@ -16,17 +16,18 @@ from engine.randomness import Stream
 from engine.reward_sources import Texts
 from engine.roles import ACTOR, CRITIC
 from engine.rollout import generate
+from engine.stopping import Stops
 from engine.update import update
 from tests import tiny
 
 pytestmark = pytest.mark.dist
 
-END = (7, 11)
+STOPS = Stops((7, 11))
 STAGES = ["zero0", "zero2", "zero3"]
 
 
 def on_stage(stage: str, **sections) -> dict:
-    return {"zero": {"ds_config": f"ds_configs/{stage}.json"}, **sections}
+    return {"zero": {"ds_config": tiny.ds_config(stage)}, **sections}
 
 
 def weights(engine, *wanted: str) -> torch.Tensor:
@@ -58,10 +59,10 @@ def sampled(engine, recipe, rows=7):
     """This rank's rows of a common set of prompts; ranks decode unequally long."""
     everything = tiny.prompts(rows=rows)
     mine = torch.arange(rows).tensor_split(dist.world_size())[dist.rank()]
-    tensors = {n: getattr(everything, n)[mine] for n in ("prompt_ids", "prompt_lengths", "draws", "samples")}
+    tensors = {n: value[mine] for n, value in vars(everything).items() if isinstance(value, torch.Tensor)}
     prompts = type(everything)(**tensors, texts=("p",) * len(mine), columns=({},) * len(mine))
     with engine.generation() as actor, no_collectives():
-        return generate(actor, prompts, recipe.generation, END, seed=9)
+        return generate(actor, prompts, recipe.generation, STOPS, seed=9)
 
 
 def first_ratio(settings: dict, dtype: torch.dtype = torch.float32) -> tuple[float, float]:
@@ -71,7 +72,9 @@ def first_ratio(settings: dict, dtype: torch.dtype = torch.float32) -> tuple[flo
     with engine.inference():
         rows = ("p",) * len(rollout)
         texts = Texts(rows, list(rows), ({},) * len(rollout))
-        evaluation = evaluate(engine, reward_sources.build(recipe), rollout, texts, recipe.kl, micro_batch_sequences=3)
+        evaluation = evaluate(
+            engine, reward_sources.build(recipe, engine, None), rollout, texts, recipe.kl, micro_batch_sequences=3
+        )
     rollout, evaluation = (map_rows(record, dist.all_gather_rows) for record in (rollout, evaluation))
     mask = rollout.response_mask
     sampler = (evaluation.old_logprobs - rollout.sampler_logprobs)[mask].abs().max().item()
@@ -132,7 +135,7 @@ def memory_after_generation(stage: str) -> dict:
         hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in actor.modules())
         cache = []
         original = torch.nn.Module.__call__
-        rollout = generate(actor, tiny.prompts(), recipe.generation, END, seed=0)
+        rollout = generate(actor, tiny.prompts(), recipe.generation, STOPS, seed=0)
         assert torch.nn.Module.__call__ is original and not cache and len(rollout)
     gc.collect()
     frozen = engine.roles.frozen_parameters().values()
@@ -347,7 +350,7 @@ def overflowing_gradient(stage: str) -> tuple[str, bool]:
     before = read()
     output = engine.forward(tiny.rollout(), torch.arange(7), values=True)
     small = (output.values.mean() + output.logprobs.mean()) * 1e-30
-    engine.backward((small * 1e30) * 1e30 * 1e-30 * 1e30, last=True)
+    engine.backward((small * 1e30) * 1e30 * 1e-30 * 1e30, small * 0, last=True)
     try:
         engine.step()
     except FloatingPointError as error:
@@ -368,7 +371,7 @@ def evaluation_stream_differs() -> bool:
     engine = tiny.engine(recipe)
     with engine.generation() as actor:
         found = [
-            generate(actor, tiny.prompts(), recipe.generation, END, 0, stream).response_ids
+            generate(actor, tiny.prompts(), recipe.generation, STOPS, 0, stream).response_ids
             for stream in (Stream.TRAINING, Stream.EVALUATION)
         ]
     engine.close()

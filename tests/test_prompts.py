@@ -10,10 +10,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from engine.config import DataConfig
+from engine.config import DataConfig, GenerationConfig
 from engine.errors import RecipeError
 from engine.prompts import PromptRecord, PromptSet, PromptSource, load_prompts, read_rows
 
+GENERATION = GenerationConfig(max_new_tokens=48)
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "<user>", "<bot>", *"abcdefghij"]
 IDS = {word: index for index, word in enumerate(WORDS)}
 TEMPLATE = (
@@ -53,7 +54,7 @@ def data(file, **changes) -> DataConfig:
 
 def problem(file, tokenizer, **changes) -> str:
     with pytest.raises(RecipeError) as caught:
-        load_prompts(data(file, **changes), tokenizer)
+        load_prompts(data(file, **changes), GENERATION, tokenizer)
     assert str(file) in str(caught.value)
     return str(caught.value)
 
@@ -80,7 +81,7 @@ def test_every_local_format_gives_the_same_records(tmp_path, tokenizer, kind):
         from pyarrow import parquet
 
         parquet.write_table(pa.Table.from_pylist(ROWS), file)
-    prompts = load_prompts(data(file), tokenizer)
+    prompts = load_prompts(data(file), GENERATION, tokenizer)
     assert [record.text for record in prompts.records] == ["a b", "c", "d e f"]
     assert [record.columns for record in prompts.records] == [{"label": 1.5}, {"label": 2.0}, {"label": 3.0}]
     assert prompts.records[2].ids == tuple(IDS[word] for word in ["<s>", "d", "e", "f"])
@@ -152,12 +153,18 @@ def test_hub_dataset(monkeypatch, tokenizer):
     import datasets
 
     monkeypatch.setattr(datasets, "load_dataset", lambda name, subset, split: datasets.Dataset.from_list(ROWS))
-    assert [record.text for record in load_prompts(data("some/dataset"), tokenizer).records] == ["a b", "c", "d e f"]
+    assert [record.text for record in load_prompts(data("some/dataset"), GENERATION, tokenizer).records] == [
+        "a b",
+        "c",
+        "d e f",
+    ]
 
 
 def test_another_dataset_is_read_like_the_first(tmp_path, tokenizer):
     held_out = save(tmp_path, [{"q": "j"}], "held_out.jsonl")
-    assert load_prompts(data("unused.jsonl", text_column="q"), tokenizer, str(held_out)).records[0].text == "j"
+    assert (
+        load_prompts(data("unused.jsonl", text_column="q"), GENERATION, tokenizer, str(held_out)).records[0].text == "j"
+    )
     assert read_rows(data("unused.jsonl", text_column="q"), str(held_out))[0].values == {"q": "j"}
 
 
@@ -171,7 +178,7 @@ def words(record) -> list[str]:
 def test_a_trailing_eos_is_taken_off(tmp_path):
     file = save(tmp_path, [{"prompt": "a b"}, {"prompt": "a </s>"}])
     for pattern in ("<s> $A </s>", "<s> $A"):
-        first, second = load_prompts(data(file), make_tokenizer(pattern)).records
+        first, second = load_prompts(data(file), GENERATION, make_tokenizer(pattern)).records
         assert words(first) == ["<s>", "a", "b"]
         assert words(second) == ["<s>", "a", "</s>"]  # this one is the text's own
 
@@ -179,7 +186,7 @@ def test_a_trailing_eos_is_taken_off(tmp_path):
 def test_chat_template_gives_one_bos_and_a_generation_prompt(tmp_path, tokenizer):
     chat = [{"role": "user", "content": "a b"}]
     file = save(tmp_path, [{"chat": chat, "label": 1}])
-    (record,) = load_prompts(data(file, messages_column="chat"), tokenizer).records
+    (record,) = load_prompts(data(file, messages_column="chat"), GENERATION, tokenizer).records
     assert words(record) == ["<s>", "<user>", "a", "b", "<bot>"]
     assert record.columns == {"chat": chat, "label": 1}
     assert record.text.startswith("<s>") and record.text.endswith("<bot>")
@@ -201,7 +208,7 @@ def test_no_chat_template(tmp_path):
 
 def test_eos_pads_where_there_is_no_padding_token(tmp_path):
     file = save(tmp_path, ROWS)
-    assert load_prompts(data(file), make_tokenizer(pad_token=None)).pad_id == IDS["</s>"]
+    assert load_prompts(data(file), GENERATION, make_tokenizer(pad_token=None)).pad_id == IDS["</s>"]
 
 
 # ---- over-long prompts
@@ -213,11 +220,11 @@ def test_overlong_is_an_error(tmp_path, tokenizer):
     said = problem(save(tmp_path, LONG), tokenizer, max_prompt_tokens=4)
     assert "2 of 4" in said and "line 2" in said and "7 tokens" in said and "4" in said
     assert "truncate_left" in said and "drop" in said and "raise data.max_prompt_tokens" in said
-    assert load_prompts(data(save(tmp_path, LONG), max_prompt_tokens=7), tokenizer).dropped == 0
+    assert load_prompts(data(save(tmp_path, LONG), max_prompt_tokens=7), GENERATION, tokenizer).dropped == 0
 
 
 def test_overlong_dropped(tmp_path, tokenizer):
-    prompts = load_prompts(data(save(tmp_path, LONG), max_prompt_tokens=4, overlong="drop"), tokenizer)
+    prompts = load_prompts(data(save(tmp_path, LONG), max_prompt_tokens=4, overlong="drop"), GENERATION, tokenizer)
     assert [record.text for record in prompts.records] == ["a b", "c"]
     assert (prompts.dropped, prompts.truncated) == (2, 0)
     assert "none of the 4" in problem(save(tmp_path, LONG), tokenizer, max_prompt_tokens=1, overlong="drop")
@@ -225,15 +232,68 @@ def test_overlong_dropped(tmp_path, tokenizer):
 
 def test_overlong_truncated_keeps_the_end_and_the_bos(tmp_path, tokenizer):
     changes = {"max_prompt_tokens": 4, "overlong": "truncate_left"}
-    prompts = load_prompts(data(save(tmp_path, LONG), **changes), tokenizer)
+    prompts = load_prompts(data(save(tmp_path, LONG), **changes), GENERATION, tokenizer)
     assert [words(record) for record in prompts.records][1] == ["<s>", "d", "e", "f"]
     assert prompts.records[1].text == "d e f"
     assert prompts.records[0].text == "a b"
     assert (prompts.dropped, prompts.truncated) == (0, 2)
-    without_bos = load_prompts(data(save(tmp_path, LONG), **changes), make_tokenizer(None))
+    without_bos = load_prompts(data(save(tmp_path, LONG), **changes), GENERATION, make_tokenizer(None))
     assert words(without_bos.records[1]) == ["c", "d", "e", "f"]
-    shortest = load_prompts(data(save(tmp_path, LONG), max_prompt_tokens=1, overlong="truncate_left"), tokenizer)
+    shortest = load_prompts(
+        data(save(tmp_path, LONG), max_prompt_tokens=1, overlong="truncate_left"), GENERATION, tokenizer
+    )
     assert all(len(record.ids) == 1 for record in shortest.records)
+
+
+# ---- limits on responses
+
+LIMITED = [{"prompt": "a b c d e", "most": 5}, {"prompt": "b", "most": 48}, {"prompt": "c", "most": 1}]
+
+
+def limits(prompts) -> list[int]:
+    return [record.max_new_tokens for record in prompts.records]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "csv with a gap"])
+def test_a_column_limits_each_response(tmp_path, tokenizer, kind):
+    if kind == "jsonl":
+        file, column = save(tmp_path, LIMITED), "most"
+    else:
+        file, column = tmp_path / "prompts.csv", "most"
+        gap = "d,\n" if kind == "csv with a gap" else ""
+        file.write_text("prompt,most\n" + "".join(f"{row['prompt']},{row['most']}\n" for row in LIMITED) + gap)
+        if gap:  # pandas makes floats of such a column; the row that lacks a number is the one to be named
+            said = problem(file, tokenizer, max_new_tokens_column=column)
+            assert "row 4: column 'most'" in said and "more rows" not in said
+            return
+    assert limits(load_prompts(data(file), GENERATION, tokenizer)) == [48] * 3
+    limited = load_prompts(data(file, max_new_tokens_column=column), GENERATION, tokenizer)
+    assert limits(limited) == [5, 48, 1] and limited.records[0].columns == {"most": 5}
+    short = data(file, max_new_tokens_column=column, max_prompt_tokens=3, overlong="truncate_left")
+    assert limits(load_prompts(short, GENERATION, tokenizer)) == [5, 48, 1]
+    dropped = data(file, max_new_tokens_column=column, max_prompt_tokens=3, overlong="drop")
+    assert limits(load_prompts(dropped, GENERATION, tokenizer)) == [48, 1]
+
+
+@pytest.mark.parametrize("value", [0, 49, -1, 2.5, True, "7", None, [3], float("nan"), float("inf")])
+def test_a_limit_that_is_none_names_file_line_and_bounds(tmp_path, tokenizer, value):
+    said = problem(save(tmp_path, [*LIMITED, {"prompt": "d", "most": value}]), tokenizer, max_new_tokens_column="most")
+    assert "line 4: column 'most' should hold a whole number from 1 to generation.max_new_tokens 48" in said
+    assert f"got {value!r}; mend or remove" in said
+
+
+def test_a_limit_below_the_minimum_is_refused(tmp_path, tokenizer):
+    """Its response could never end."""
+    file, least = save(tmp_path, LIMITED), GenerationConfig(max_new_tokens=48, min_new_tokens=2)
+    with pytest.raises(RecipeError, match=r"line 3: column 'most' .* from generation.min_new_tokens 2 to .* got 1;"):
+        load_prompts(data(file, max_new_tokens_column="most"), least, tokenizer)
+
+
+def test_a_missing_limit_column_lists_those_that_exist(tmp_path, tokenizer):
+    said = problem(save(tmp_path, LIMITED), tokenizer, max_new_tokens_column="limit")
+    assert "no column 'limit'; it has prompt, most; set data.max_new_tokens_column to one of them" in said
+    file = save(tmp_path, [*LIMITED, {"prompt": "d"}])
+    assert "line 4: column 'most'" in problem(file, tokenizer, max_new_tokens_column="most")
 
 
 # ---- the cursor
@@ -242,7 +302,8 @@ def test_overlong_truncated_keeps_the_end_and_the_bos(tmp_path, tokenizer):
 def make_source(count=7, seed=3, per_iteration=4, samples=1) -> PromptSource:
     rng = np.random.default_rng(0)
     records = tuple(
-        PromptRecord(tuple(range(1, 2 + int(rng.integers(1, 6)))), f"prompt {i}", {"index": i}) for i in range(count)
+        PromptRecord(tuple(range(1, 2 + int(rng.integers(1, 6)))), f"prompt {i}", {"index": i}, max_new_tokens=i + 1)
+        for i in range(count)
     )
     return PromptSource(PromptSet(records, pad_id=0), seed, per_iteration, samples)
 
@@ -286,7 +347,7 @@ def test_ranks_share_the_same_rows_whatever_their_number(samples, world_size):
     (one,) = whole(source, 5)
     parts = whole(source, 5, world_size)
     assert sum((part.texts for part in parts), ()) == one.texts
-    for name in ("prompt_ids", "prompt_lengths", "draws", "samples"):
+    for name in ("prompt_ids", "prompt_lengths", "draws", "samples", "max_new_tokens"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(one, name)), name
     assert [len(part) for part in parts] == [len(rows) for rows in np.array_split(np.arange(4 * samples), world_size)]
     assert all(part.prompt_ids.dtype == torch.int64 and part.prompt_ids.shape[1] >= 1 for part in parts)
@@ -308,6 +369,7 @@ def test_padding_is_on_the_left_to_the_longest_of_all_ranks():
             ids = source.prompts.records[part.columns[row]["index"]].ids
             assert part.prompt_ids[row].tolist() == [0] * (longest - len(ids)) + list(ids)
             assert part.prompt_lengths[row] == len(ids)
+            assert part.max_new_tokens[row] == part.columns[row]["index"] + 1
             assert part.prompt_mask[row].sum() == len(ids)
 
 

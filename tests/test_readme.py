@@ -75,7 +75,7 @@ def test_the_snippet_loads_an_actor(tmp_path, monkeypatch):
     """On a run folder made by hand: peft's own format, where the quickstart leaves it."""
     from peft import get_peft_model
 
-    from engine.roles import lora_config
+    from engine.adapters import lora_config
     from tests import checkpoints, tiny
 
     policy = checkpoints.save_policy(tmp_path / "runs/toyworld/policy")

@@ -17,6 +17,7 @@ from engine.reward_sources import RewardFunction, RewardModel, Texts
 from tests import tiny
 
 THIS = "tests/test_reward_sources.py"
+END = 7
 
 # Reward functions of the tests ----------------------------------------------------------------------------------
 
@@ -73,17 +74,57 @@ def test_columns_arrive_as_lists_under_their_names():
     assert scores.dtype == torch.float32 and scores.tolist() == [23.0, 604.0]
 
 
-def test_texts_of_a_rollout_are_its_real_tokens():
-    class Words:
-        def batch_decode(self, rows, skip_special_tokens):
-            assert skip_special_tokens
-            return [" ".join(map(str, row)) for row in rows]
+class Words:
+    """Decodes as tokenizers that put the space into the word do: the first space is gone, and so are special tokens."""
 
+    def batch_decode(self, rows, skip_special_tokens):
+        assert skip_special_tokens
+        return [" ".join(f"w{i}" for i in row if i != END) for row in rows]
+
+
+def test_texts_of_a_rollout_are_its_real_tokens():
     rollout = tiny.rollout(rows=3)
     found = Texts.of(tiny.prompts(rows=3), rollout, Words())
     assert found.prompts == ["prompt 0", "prompt 1", "prompt 2"]
     for row, response in enumerate(found.responses):
-        assert response == " ".join(str(int(i)) for i in rollout.response_ids[row, : rollout.response_lengths[row]])
+        assert response.split() == [f"w{i}" for i in rollout.response_ids[row, : rollout.response_lengths[row]]]
+        assert found.continuations[row] == " " + response
+
+
+def test_a_continuation_goes_on_from_the_last_token_of_the_prompt():
+    rollout = take_rows(tiny.rollout(rows=4), torch.tensor([0, 0, 0]))
+    rollout.prompt_ids[:, -1] = torch.tensor([3, END, 3])  # no text comes before what follows a special token
+    rollout.response_lengths[:] = 2
+    rollout.response_ids[:, :2] = torch.tensor([[4, 5], [4, 5], [END, END]])
+    found = Texts.of(tiny.prompts(rows=3), rollout, Words())
+    assert found.responses == ["w4 w5", "w4 w5", ""]
+    assert found.continuations == [" w4 w5", "w4 w5", ""]
+
+
+class Bytes:
+    """Decodes bytes to text."""
+
+    def batch_decode(self, rows, skip_special_tokens):
+        return [bytes(row).decode("utf-8", errors="replace") for row in rows]
+
+
+def test_a_character_that_prompt_and_response_share():
+    rollout = take_rows(tiny.rollout(rows=2), torch.tensor([0]))
+    first, second = "é".encode()
+    rollout.prompt_ids[0, -1], rollout.response_ids[0, 0], rollout.response_ids[0, 1] = first, second, ord("a")
+    rollout.response_lengths[0] = 2
+    assert Texts.of(tiny.prompts(rows=1), rollout, Bytes()).continuations == ["\ufffda"]
+
+
+@pytest.mark.parametrize(
+    "stops, response",
+    [((), "w4 w5 w6"), (("w7",), "w4 w5 w6"), (("5",), "w4 w"), (("6", " w5", "w6"), "w4"), ((" w4",), "w4 w5 w6")],
+)
+def test_a_response_goes_up_to_its_first_stop_string(stops, response):
+    rollout = take_rows(tiny.rollout(rows=2), torch.tensor([0]))
+    rollout.response_ids[0, :3], rollout.response_lengths[0] = torch.tensor([4, 5, 6]), 3
+    found = Texts.of(tiny.prompts(rows=1), rollout, Words(), stop_strings=stops)
+    assert found.responses == [response] and found.continuations == [" " + response]
 
 
 @pytest.mark.parametrize(
@@ -122,7 +163,7 @@ def evaluated(*names: str) -> str | list:
     rows = my_rows()
     try:
         with engine.inference():
-            sources = reward_sources.build(recipe)
+            sources = reward_sources.build(recipe, engine=None, tokenizer=None)
             rollout = take_rows(tiny.rollout(), rows)
             return evaluate(engine, sources, rollout, texts(rows.tolist()), recipe.kl, 2).source_scores.tolist()
     except RuntimeError as error:
@@ -160,8 +201,6 @@ def zeros(prompts, responses, **columns):
 
 
 # Reward models --------------------------------------------------------------------------------------------------
-
-END = 7
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +253,7 @@ def plainly(path: str, rollout: Rollout) -> list[float]:
 def scored(path: str, offload: str, rows_on_rank_0: int | None, micro: int) -> dict:
     """On a rank: its scores, and the state of the frozen parameters around the scoring."""
     recipe = tiny.recipe(rewards=[{"model": path, "offload_param": offload}], ppo={"micro_batch_sequences": micro})
-    source = RewardModel(recipe.rewards[0], recipe)
+    source = RewardModel(recipe.rewards[0], recipe, tokenizer=None)  # it has none of its own: it reads ids
     rows = my_rows()
     if rows_on_rank_0 is not None:
         rows = (torch.arange(rows_on_rank_0), torch.arange(rows_on_rank_0, 7))[dist.rank()]
@@ -263,7 +302,7 @@ def test_pooling_by_padding_ids_would_differ(checkpoint):
 def model_and_function(path: str) -> list:
     recipe = tiny.recipe(rewards=[{"model": path, "weight": 2.0}, {"function": f"{THIS}:shouts"}])
     engine = tiny.engine(recipe)
-    sources = reward_sources.build(recipe)
+    sources = reward_sources.build(recipe, engine=None, tokenizer=None)
     rows = my_rows()
     with engine.inference():
         evaluation = evaluate(

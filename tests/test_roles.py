@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from transformers import LlamaForCausalLM
 
-from engine.batch import length_mask
-from engine.models import without_dropout
-from engine.roles import ACTOR, CRITIC, REFERENCE, Layout, lora_config
+from engine.adapters import lora_config
+from engine.replica import Replica
+from engine.roles import ACTOR, CRITIC, REFERENCE, Layout, ReferenceModel, RolesModel, response_logits
 from tests import tiny
 from tests.reference import Reference
 
@@ -30,7 +33,7 @@ def test_every_output_equals_separate_models_without_padding(home):
     recipe = tiny.recipe(critic={"home": home}, generation={"temperature": 0.7})
     model, reference, base = tiny.roles(recipe), Reference(recipe), tiny.llama()
     with torch.no_grad():
-        output = model(layout(), values=True, ref_logprobs=True, full_kl=True)
+        output = model.outputs(layout(), values=True, ref_logprobs=True, full_kl=True)
         for row, p, r, ids in rows():
             logprobs, entropy, values = reference.sequence(tiny.experience(), row)
             wanted = (base(ids).logits[0, p - 1 : p + r - 1].double() / 0.7).log_softmax(-1)
@@ -52,7 +55,7 @@ def test_switching_roles_leaves_both_trainable_and_comes_back():
         raise RuntimeError
     assert all(p.requires_grad for role in (ACTOR, CRITIC) for p in model.role_parameters(role).values())
     assert not any(p.requires_grad for p in model.frozen_parameters().values())
-    assert all(layer.active_adapters == [ACTOR] for layer in model._layers)
+    assert all(layer.active_adapters == [ACTOR] for layer in model.switch.layers)
 
 
 def test_peft_passes_over_an_adapter_that_a_layer_lacks():
@@ -68,28 +71,68 @@ def test_peft_passes_over_an_adapter_that_a_layer_lacks():
 
 
 def test_a_new_critic_has_no_opinion():
-    from engine.roles import RolesModel
-
     recipe = tiny.recipe()
-    model = RolesModel(tiny.llama(), recipe.actor, recipe.critic, 1.0)
+    model = RolesModel(tiny.llama(), recipe)
     with torch.no_grad():
-        output = model(layout(), values=True, ref_logprobs=True)
+        output = model.outputs(layout(), values=True, ref_logprobs=True)
     assert output.values.eq(0).all()
     assert torch.equal(output.logprobs, output.ref_logprobs), "a new adapter must be the base"
 
 
-def test_positions_and_masks_ignore_padding():
-    found = layout()
-    sampled = tiny.rollout()
-    for row in range(len(sampled)):
-        real = found.mask[row]
-        assert found.position_ids[row][real].tolist() == list(range(int(real.sum())))
-    assert torch.equal(found.mask[:, -9:], length_mask(sampled.response_lengths, 9))
+def test_the_logits_of_another_reference_are_used():
+    model, other = tiny.roles(tiny.recipe()), ReferenceModel(tiny.llama(seed=8), temperature=1.0)
+    with torch.no_grad():
+        logits = other(layout())
+        output = model.outputs(layout(), ref_logprobs=True, full_kl=True, ref_logits=logits)
+    logp = logits.log_softmax(-1)
+    assert torch.allclose(output.ref_logprobs, logp.gather(-1, layout().response_ids[..., None])[..., 0], atol=1e-6)
+    with torch.no_grad():
+        policy = response_logits(model.causal, layout(), 1.0)[0].log_softmax(-1)
+    assert torch.allclose(output.full_kl, (policy.exp() * (policy - logp)).sum(-1), atol=1e-5)
 
 
-def test_dropout_goes_from_any_config():
-    from transformers import GPT2Config, LlamaConfig
+@pytest.mark.parametrize("detached", [False, True])
+def test_a_detached_trunk_learns_nothing_from_values(detached):
+    model = tiny.roles(tiny.recipe(critic={"home": "trunk", "trunk_detach": detached}))
+    model.outputs(layout(), values=True).values.sum().backward()
+    assert model.value_head.weight.grad.abs().sum() > 0
+    assert all((p.grad is None) == detached for n, p in model.role_parameters(ACTOR).items() if "o_proj" in n)
 
-    gpt2, llama = GPT2Config(attn_pdrop=0.1, embd_pdrop=0.2), LlamaConfig(attention_dropout=0.3)
-    without_dropout(gpt2), without_dropout(llama)
-    assert (gpt2.attn_pdrop, gpt2.embd_pdrop, gpt2.resid_pdrop, llama.attention_dropout) == (0.0, 0.0, 0.0, 0.0)
+
+SAMPLERS = {
+    "merged": ({}, torch.float32),
+    "rslora": ({"rslora": True}, torch.float32),
+    "bfloat16": ({}, torch.bfloat16),
+    "dora": ({"dora": True}, torch.float32),
+    "whole modules": ({"modules_to_save": ["embed_tokens", "lm_head"]}, torch.float32),
+    "tied head": ({"targets": ["lm_head", "q_proj"]}, torch.float32),
+}
+
+
+@pytest.mark.parametrize("form", SAMPLERS)
+@torch.no_grad()
+def test_the_replica_computes_what_the_actor_does(form):
+    """To the bit where nothing is merged."""
+    lora, dtype = SAMPLERS[form]
+    recipe = tiny.recipe(actor={"lora": lora})
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(tiny.config(tie_word_embeddings=form == "tied head")).to(dtype).requires_grad_(False)
+    model = RolesModel(base, recipe)
+    tiny.moved(model, [p for role in (ACTOR, CRITIC) for p in model.role_parameters(role).values()])
+    ids, replica = tiny.rollout().sequences, Replica(model)
+    expected, module = model.causal(ids).logits, replica.fill()
+    assert (expected - module(ids).logits).abs().max() < (1e-4 if replica.merged else 1e-9)
+    plain = [m for m in module.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    assert bool(plain) == (not replica.merged)
+    replica.free()
+    assert all(p.is_meta for p in module.parameters())
+    assert torch.equal(model.causal(ids).logits, expected), "freeing it takes nothing from the roles"
+
+
+@pytest.mark.parametrize("home", ["adapter", "trunk"])
+def test_each_role_trains_its_whole_adapter(home):
+    model = tiny.roles(tiny.recipe(critic={"home": home}))
+    for role in (ACTOR, CRITIC):
+        own = {name for name, _ in model.policy.named_parameters() if f".{role}." in name}
+        assert bool(own) == (role == ACTOR or home == "adapter")
+        assert set(model.role_parameters(role)) == own | ({"value_head.weight"} if role == CRITIC else set())

@@ -2,9 +2,17 @@
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from engine.scoring import last_positions, last_token_scores
+from tests import families
 
 END = 2
 
@@ -56,6 +64,25 @@ def test_scores_do_not_depend_on_padding(scorer, side, fill, width):
     expected = torch.stack([alone(scorer, row) for row in ROWS])
     assert expected.std() > 0.1  # the test could tell rows apart
     torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, f in families.FAMILIES.items() if f.model_type in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES]
+)
+@torch.no_grad()
+def test_every_family_that_classifies_scores_alike_on_either_side(name):
+    """Against its own pooling of each unpadded sequence, in which no id is the padding's."""
+    torch.manual_seed(0)
+    config = families.config_of(name)
+    config.num_labels = 1
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    rows = [[5, 3, 9, 2], [4], [17, 8, 2, 2], [1, 6, 10, 3, 8, 9, 2, 30]]
+    expected = torch.stack([model(torch.tensor([row])).logits[0, 0] for row in rows])
+    assert expected.std() > 0.05
+    for side in ("left", "right"):
+        torch.testing.assert_close(
+            last_token_scores(model, *padded(rows, side, 11, 40)), expected, atol=1e-5, rtol=1e-5
+        )
 
 
 def test_the_end_token_is_read_where_padding_looks_like_it(scorer):

@@ -106,16 +106,16 @@ def expected():
 def run_update(settings: dict) -> dict:
     recipe = tiny.recipe(**settings)
     engine = tiny.engine(recipe)
-    base = engine.base_hash()
+    base = engine.frozen_hash()
     stats = update(engine, tiny.experience(), recipe, iteration=0, kl_coef=KL_COEF, frozen=frozenset())
     weights = trained_weights(engine)
-    moved = engine.base_hash() != base
+    moved = engine.frozen_hash() != base
     engine.close()
     return {"weights": weights, "norms": stats.grad_norms, "sums": dict(stats.sums), "base_moved": moved}
 
 
 def on_stage(stage: str, terms: str) -> dict:
-    return {"zero": {"ds_config": f"ds_configs/{stage}.json"}, **TERMS[terms]}
+    return {"zero": {"ds_config": tiny.ds_config(stage)}, **TERMS[terms]}
 
 
 @pytest.mark.parametrize("terms", TERMS)

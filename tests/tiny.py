@@ -3,31 +3,45 @@
 from __future__ import annotations
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from engine import ppo
 from engine.batch import Evaluation, Experience, Prompts, Rollout
 from engine.config import Recipe
 from engine.hybrid_engine import HybridEngine
-from engine.roles import ACTOR, CRITIC, RolesModel
+from engine.roles import ACTOR, CRITIC, ReferenceModel, RolesModel, ValueModel
 
 VOCABULARY = 50
 
 
-def llama(seed: int = 0, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+def config(**changes) -> LlamaConfig:
     """Two layers, grouped-query attention, weights large enough for the logits to differ clearly."""
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.2,
+        "max_position_embeddings": 128,
+    }
+    return LlamaConfig(**{**sizes, **changes})
+
+
+def ds_config(name: str) -> str:
+    """The shipped file of a ZeRO stage; for zero3 one that shards everything, or nothing so tiny would be sharded."""
+    return "tests/zero3_all_sharded.json" if name == "zero3" else f"ds_configs/{name}.json"
+
+
+def llama(seed: int = 0, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        max_position_embeddings=128,
-    )
-    return LlamaForCausalLM(config).to(dtype).requires_grad_(False)
+    return LlamaForCausalLM(config()).to(dtype).requires_grad_(False)
+
+
+def scorer(seed: int = 6, dtype: torch.dtype = torch.float32) -> LlamaForSequenceClassification:
+    torch.manual_seed(seed)
+    return LlamaForSequenceClassification(config(num_labels=1)).to(dtype).requires_grad_(False)
 
 
 def recipe(**sections) -> Recipe:
@@ -62,20 +76,35 @@ def length_reward(prompts, responses, **columns) -> list[float]:
 
 def roles(settings: Recipe, dtype: torch.dtype = torch.float32) -> RolesModel:
     """The tiny base with adapters and value head away from their start, so that every gradient is non-zero."""
-    torch.manual_seed(1)
-    model = RolesModel(llama(dtype=dtype), settings.actor, settings.critic, settings.generation.temperature)
+    model = RolesModel(llama(dtype=dtype), settings)
+    trained = [p for role in (ACTOR, CRITIC) for p in model.role_parameters(role).values()]
+    return moved(model, [] if settings.actor.train == "full" else trained)
+
+
+def value_model(settings: Recipe, dtype: torch.dtype = torch.float32) -> ValueModel:
+    """A critic of its own, away from its start too."""
+    model = ValueModel(scorer(dtype=dtype), settings.critic)
+    return moved(model, [] if settings.critic.train == "full" else model.role_parameters(CRITIC).values())
+
+
+def moved(model, parameters):
+    """The model with these weights away from their start."""
     generator = torch.Generator().manual_seed(2)
-    for role in (ACTOR, CRITIC):
-        for parameter in model.role_parameters(role).values():
-            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    for parameter in parameters:
+        parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model
 
 
 def engine(settings: Recipe, dtype: torch.dtype = torch.float32) -> HybridEngine:
-    return HybridEngine(roles(settings, dtype), settings)
+    """Every role in its home; a reference of its own is another model than the base."""
+    own = value_model(settings, dtype) if settings.critic.home == "model" else None
+    other = None
+    if settings.reference_home == "model":
+        other = ReferenceModel(llama(seed=8, dtype=dtype), settings.generation.temperature)
+    return HybridEngine(roles(settings, dtype), settings, own, other)
 
 
-def prompts(rows: int = 7, seed: int = 3, width: int = 8) -> Prompts:
+def prompts(rows: int = 7, seed: int = 3, width: int = 8, max_new_tokens: int = 1000) -> Prompts:
     """Random prompts of 1 to `width` tokens, padded on the left with garbage."""
     generator = torch.Generator().manual_seed(seed)
     return Prompts(
@@ -83,6 +112,7 @@ def prompts(rows: int = 7, seed: int = 3, width: int = 8) -> Prompts:
         prompt_lengths=torch.randint(1, width + 1, (rows,), generator=generator),
         draws=torch.arange(rows),
         samples=torch.zeros(rows, dtype=torch.int64),
+        max_new_tokens=torch.full((rows,), max_new_tokens),
         texts=tuple(f"prompt {row}" for row in range(rows)),
         columns=({},) * rows,
     )
