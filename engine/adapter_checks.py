@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine import combinations
@@ -29,10 +30,9 @@ def problems_of(recipe: Recipe, due: Callable[[str], bool], base: PreTrainedMode
     for setting, path in named:
         if path and due(path):
             try:
-                saved = adapters.read(path)
-                if setting == "rewards.adapter":
-                    adapters.check_reward(saved)
-                wanted.append((setting, saved))
+                if Path(path).is_dir() and not (Path(path) / "adapter_config.json").is_file():  # peft would ask the hub
+                    raise RecipeError(f"{path} has no adapter_config.json; name a folder that peft saved")
+                wanted.append((setting, adapters.read(path, reward=setting == "rewards.adapter")))
             except RecipeError as error:
                 problems += [f"{setting}: {problem}" for problem in error.problems]
     if recipe.actor.train == "lora" and recipe.actor.init_adapter is None:
@@ -48,7 +48,9 @@ def problems_of_critic(recipe: Recipe, scorer: PreTrainedModel) -> list[str]:
     """Whether the adapter of a critic of its own fits that, `scorer`, a model without weights."""
     from engine import adapters
 
-    return _problems_of_one(recipe, "critic.lora", adapters.lora_config(recipe.critic.lora), scorer)
+    config = adapters.lora_config(recipe.critic.lora)
+    config.task_type = "SEQ_CLS"  # as in roles.ValueModel, but for the score head, which is there
+    return _problems_of_one(recipe, "critic.lora", config, scorer)
 
 
 def _problems_of_one(recipe: Recipe, setting: str, source, model: PreTrainedModel) -> list[str]:
@@ -59,9 +61,7 @@ def _problems_of_one(recipe: Recipe, setting: str, source, model: PreTrainedMode
     config, quantization = source.config if saved else source, recipe.model.quantization
     problems = _check_copies(setting, config.modules_to_save or [], model, quantization)
     if saved and config.use_dora:
-        problems += combinations.dora_problems(
-            f"{setting}: {source.path} is a DoRA, which", quantization, _stage(recipe)
-        )
+        problems += combinations.dora_problems(f"{setting}: {source.path} is a DoRA and", quantization, _stage(recipe))
     if problems:
         return problems
     role = setting.partition(".")[0]
@@ -69,7 +69,7 @@ def _problems_of_one(recipe: Recipe, setting: str, source, model: PreTrainedMode
         with on_meta():
             fitted = adapters.attach(copy.deepcopy(model), {role: source})
     except RecipeError as error:
-        return [f"{setting}: {problem}" if saved else problem for problem in error.problems]
+        return [p if p.startswith(setting) else f"{setting}: {p}" for p in error.problems]
     head = fitted.get_base_model().get_output_embeddings()
     if setting == "critic.lora" and hasattr(head, "lora_A"):
         return ["critic.lora.targets names the output head, which no value passes; remove it from the targets"]
@@ -78,8 +78,7 @@ def _problems_of_one(recipe: Recipe, setting: str, source, model: PreTrainedMode
 
 def _check_copies(setting: str, names: list[str], model: PreTrainedModel, quantization: str) -> list[str]:
     """Whether modules to train whole are there, of use, and have weights that can train."""
-    head = model.get_output_embeddings() or model.score
-    problems = []
+    head, problems = model.get_output_embeddings() or model.score, []
     for name in names:
         found = [module for path, module in model.named_modules() if path.endswith(name)]  # as peft looks for them
         said = f"{setting}: modules_to_save names {name}"
@@ -97,7 +96,10 @@ def _check_copies(setting: str, names: list[str], model: PreTrainedModel, quanti
 
 def _packs(module, head) -> bool:
     """Whether quantization packs a layer's weights: every linear one but the output head."""
-    return hasattr(module, "in_features") and module is not head
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, nn.Linear | Conv1D) and module is not head
 
 
 def _stage(recipe: Recipe) -> int:

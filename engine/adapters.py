@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from engine import causal
+from engine import causal, zero
 from engine.config import LoraSettings
 from engine.errors import RecipeError
 
@@ -24,6 +24,13 @@ CONTAINERS = {"lora_A", "lora_B", "lora_magnitude_vector", "modules_to_save"}
 HEADS = ("score", "classifier")
 # "all-linear" of a second adapter would reach into an output head of which the first one trains a copy.
 INSIDE_COPIES = r".*\.(original_module|modules_to_save)(\..*)?"
+# The settings of plain LoRA in its folder; another one that is set changes the base or the formula.
+PLAIN_FIELDS = {
+    *("peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "task_type"),
+    *("inference_mode", "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
+    *("init_lora_weights", "bias", "fan_in_fan_out"),
+}
 
 
 @dataclass(frozen=True)
@@ -36,8 +43,11 @@ class SavedAdapter:
     head: Tensor | None  # [1, hidden] of a sequence classifier
 
 
-def read(path: str) -> SavedAdapter:
+def read(path: str, reward: bool = False) -> SavedAdapter:
     """Read a folder that peft saved, or one of the hub.
+
+    Args:
+        reward: it must be a sequence classifier's with one output; otherwise it must be none.
 
     Raises:
         RecipeError: it is no LoRA adapter, or one that can't be used here.
@@ -53,32 +63,46 @@ def read(path: str) -> SavedAdapter:
         raise RecipeError(f"{path} can't be read as a peft adapter: {error}; name a folder that peft saved") from error
     if not isinstance(config, LoraConfig):
         raise RecipeError(f"{path} is a {config.peft_type} adapter, and only LoRA works here; name a LoRA adapter")
-    if config.bias != "none":
-        raise RecipeError(
-            f"{path} trains biases (bias {config.bias}), which roles would share; train one with bias none"
-        )
-    config.lora_dropout = 0.0  # or the first ratio would not be 1
-    config.inference_mode = False
+    _check_form(path, config)
     heads = [name for name in weights if name.rpartition(".")[0].rpartition(".")[2] in HEADS and ".lora_" not in name]
     head = weights.pop(heads[0]) if heads else None
+    _check_head(path, head, reward)
+    config.lora_dropout = 0.0  # or the first ratio would not be 1
+    config.inference_mode = False
     kept = [name for name in config.modules_to_save or [] if name not in HEADS]
     config.modules_to_save, config.task_type = kept or None, "CAUSAL_LM"
     return SavedAdapter(path, config, weights, head)
 
 
-def check_reward(saved: SavedAdapter) -> Tensor:
-    """The score head `[1, hidden]` of a reward's adapter.
-
-    Raises:
-        RecipeError: it has none, or one with more outputs.
-    """
-    if saved.head is None or saved.head.shape[0] != 1:
-        got = "none" if saved.head is None else f"{saved.head.shape[0]} outputs"
+def _check_form(path: str, config: LoraConfig) -> None:
+    """Only forms of LoRA that leave the base as it is and compute W x + s B A x, or DoRA."""
+    if config.bias != "none":
         raise RecipeError(
-            f"{saved.path} needs a score head with one output beside its LoRA weights, got {got}; name a "
+            f"{path} trains biases (bias {config.bias}), which roles would share; train one with bias none"
+        )
+    if config.init_lora_weights not in (True, False, "gaussian"):
+        raise RecipeError(
+            f"{path} starts from a changed base (init_lora_weights {config.init_lora_weights!r}), which other roles "
+            "share; let peft convert it to plain LoRA (path_initial_model_for_weight_conversion)"
+        )
+    plain = vars(LoraConfig())
+    other = [name for name, value in vars(config).items() if name not in PLAIN_FIELDS and value != plain.get(name)]
+    if other:
+        raise RecipeError(
+            f"{path} is a form of LoRA that doesn't work here: its adapter_config.json has "
+            f"{', '.join(f'{name} {getattr(config, name)!r}' for name in other)}; train one without"
+        )
+
+
+def _check_head(path: str, head: Tensor | None, reward: bool) -> None:
+    if not reward and head is not None:
+        raise RecipeError(f"{path} is a sequence classifier's adapter; name it in rewards.adapter, and a policy's here")
+    if reward and (head is None or head.shape[0] != 1):
+        got = "none" if head is None else f"{head.shape[0]} outputs"
+        raise RecipeError(
+            f"{path} needs a score head with one output beside its LoRA weights, got {got}; name a "
             "sequence-classification adapter trained with num_labels=1"
         )
-    return saved.head
 
 
 def lora_config(settings: LoraSettings) -> LoraConfig:
@@ -109,15 +133,17 @@ def attach(base: PreTrainedModel, wanted: dict[str, LoraConfig | SavedAdapter]) 
     for name, source in wanted.items():
         config = source.config if isinstance(source, SavedAdapter) else source
         where = source.path if isinstance(source, SavedAdapter) else f"{name}.lora"
-        if any(isinstance(module, AuxiliaryTrainingWrapper) for module in policy.modules()):
-            config.exclude_modules = INSIDE_COPIES
+        around_copies = config.target_modules == "all-linear" and config.exclude_modules is None
+        config.exclude_modules = INSIDE_COPIES if around_copies else config.exclude_modules
         try:
             if policy is base:
                 policy = get_peft_model(base, config, adapter_name=name, autocast_adapter_dtype=False)
             else:
                 policy.add_adapter(name, config)
-        except (ValueError, TypeError) as error:  # peft: no module has such a name, or it is of no kind that fits
+        except (ValueError, TypeError, KeyError) as error:  # peft: no module has such a name, or it is of another kind
             raise RecipeError(f"{where}: {error}") from error
+        if around_copies:
+            config.exclude_modules = None
         _check(policy, where)
         if isinstance(source, SavedAdapter):
             _load(policy, name, source)
@@ -130,12 +156,19 @@ def _check(policy: PeftModel, where: str) -> None:
             f"{where} puts an adapter on an embedding, and only linear layers take one here; leave it out of the "
             "targets, or train the embedding whole with modules_to_save"
         )
+    for name, module in policy.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper) and any(True for _ in module.original_module.children()):
+            raise RecipeError(
+                f"{where} trains {name} whole, which holds other layers; modules_to_save takes single layers, such as "
+                "embed_tokens, lm_head or norms"
+            )
     causal.check_adapters(policy)
 
 
 def _load(policy: PeftModel, name: str, source: SavedAdapter) -> None:
+    weights = {key: w for key, w in source.weights.items() if not _is_base(policy, key, w, source)}
     try:
-        found = set_peft_model_state_dict(policy, source.weights, adapter_name=name)
+        found = set_peft_model_state_dict(policy, weights, adapter_name=name)
     except (RuntimeError, KeyError) as error:  # another shape; a module to save that isn't in the file
         reason = str(error).strip().splitlines()[-1].strip()
         raise RecipeError(f"{source.path} doesn't fit the base: {reason}; name an adapter of this base") from error
@@ -144,6 +177,29 @@ def _load(policy: PeftModel, name: str, source: SavedAdapter) -> None:
     if wrong:
         what = "has no weights for" if absent else "has weights for unknown"
         raise RecipeError(f"{source.path} {what} {', '.join(wrong[:3])}; name an adapter of this base")
+
+
+def _is_base(policy: PeftModel, key: str, weight: Tensor, source: SavedAdapter) -> bool:
+    """Whether a saved weight is one of the base (peft saves embeddings and adapted heads along); a collective.
+
+    Raises:
+        RecipeError: it is another than the base's: loaded, it would change the base under every role.
+    """
+    kept = source.config.modules_to_save or []
+    if CONTAINERS & set(key.split(".")) or key.rpartition(".")[0].rpartition(".")[2] in kept:
+        return False
+    try:
+        mine = policy.get_parameter(key)
+    except AttributeError:
+        return False  # refused as unknown
+    with zero.gathered([mine]):
+        same = mine.is_meta or (mine.shape == weight.shape and torch.equal(mine.data, weight.to(mine)))
+    if not same:
+        raise RecipeError(
+            f"{source.path} carries a {key} of its own, and the base is shared by all roles; save the model that it "
+            "was trained on (after resize_token_embeddings) as model.path, or train that layer with modules_to_save"
+        )
+    return True
 
 
 def owner(name: str) -> str | None:

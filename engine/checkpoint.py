@@ -33,10 +33,12 @@ def export_final(engine: HybridEngine, folder: Path, recipe: Recipe, tokenizer: 
             head = weights.pop(VALUE_HEAD, None)
             if head is not None:
                 save_file({"weight": head}, folder / role / "value_head.safetensors")
-                about = {"home": recipe.critic.home, "base": base}
+                on = {"trunk": "../actor"} if recipe.critic.home == "trunk" else {"base": base}
+                about = {"home": recipe.critic.home, **on}
                 (folder / role / "value_head.json").write_text(json.dumps(about, indent=2))
             if weights:
-                _write(home, role, weights, folder / role, base, tokenizer)
+                revision = recipe.model.revision if base == recipe.model.path else None
+                _write(home, role, weights, folder / role, (base, revision), tokenizer)
     dist.barrier()
 
 
@@ -55,7 +57,7 @@ def _write(
     role: str,
     weights: dict[str, Tensor],
     folder: Path,
-    base: str,
+    base_and_revision: tuple[str, str | None],
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     if not isinstance(home.policy, PeftModel):
@@ -68,6 +70,6 @@ def _write(
     # peft nests the files of an adapter that isn't called default in a folder of its name: write them flat instead.
     state = get_peft_model_state_dict(home.policy, state_dict=weights, adapter_name=role)
     save_file(state, folder / "adapter_model.safetensors")
-    config = home.policy.peft_config[role]
-    config.base_model_name_or_path, config.inference_mode = base, True
+    config, (base, revision) = home.policy.peft_config[role], base_and_revision
+    config.base_model_name_or_path, config.revision, config.inference_mode = base, revision, True
     config.save_pretrained(str(folder))

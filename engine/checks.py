@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from engine import combinations, model_checks
-from engine.config import Recipe, steps_per_iteration
+from engine.config import LoraSettings, Recipe, steps_per_iteration
 from engine.ds_config import read_ds_config
 from engine.errors import RecipeError
 from engine.plugins import load_function
@@ -77,6 +77,13 @@ def warnings_of(recipe: Recipe) -> list[str]:
             "generation.min_new_tokens with stop_strings: a response goes on behind a stop string that came too early, "
             "and what follows is not scored"
         )
+    ignored = {
+        "actor.lora": recipe.actor.train == "full" or recipe.actor.init_adapter is not None,
+        "critic.lora": recipe.critic.home == "trunk" or recipe.critic.train == "full",
+    }
+    for key, unused in ignored.items():
+        if unused and getattr(recipe, key.partition(".")[0]).lora != LoraSettings():
+            warnings.append(f"{key} has no effect here: nothing trains an adapter made from it")
     if recipe.actor.init_adapter and recipe.reference_home == "base":
         warnings.append(
             "reference.home base with actor.init_adapter: the KL pulls the actor back to the base, away from where it "

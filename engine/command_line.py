@@ -133,12 +133,13 @@ def readable_errors():
 
 
 def _say_once(message: str) -> None:
-    if _rank() == 0:
-        sys.stderr.write(message)
-        sys.stderr.flush()
-    else:
-        # DeepSpeed's launcher kills all ranks as soon as one ends: let rank 0 have its say first.
+    if _rank() != 0:
+        # DeepSpeed's launcher kills all ranks as soon as one ends: let rank 0 have its say first. Who is alive after
+        # that is the one that failed, on a host of its own perhaps.
         time.sleep(3)
+        message = f"rank {_rank()}: {message}"
+    sys.stderr.write(message)
+    sys.stderr.flush()
 
 
 class _CommandLine(BaseSettings, Recipe):

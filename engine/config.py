@@ -65,9 +65,9 @@ class ModelConfig(Section):
     quantization: Literal["none", "nf4", "int8"] = "none"
     """Frozen linear layers by bitsandbytes: nf4 with double quantization, or int8 (ZeRO stages 0 to 2)."""
     attn_implementation: str | None = None
-    """Attention kernel as transformers names it (sdpa, eager, flash_attention_2); null: its default."""
+    """Attention kernel of policy, critic and reference (sdpa, eager, flash_attention_2); null: the default."""
     trust_remote_code: bool = False
-    """Run model code that comes with the checkpoint. Off unless you have read that code."""
+    """Run code that comes with the checkpoints of the recipe, rewards included. Off unless you have read it."""
 
 
 class LoraSettings(Section):

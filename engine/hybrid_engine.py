@@ -15,7 +15,7 @@ from engine.batch import Rollout, length_mask
 from engine.config import ModelConfig, OptimizerSettings, Recipe, steps_per_iteration
 from engine.ds_config import read_ds_config, resolve_ds_config
 from engine.replica import Replica
-from engine.roles import ACTOR, CRITIC, Layout, ReferenceModel, RolesModel, RolesOutput, ValueModel
+from engine.roles import ACTOR, CRITIC, Layout, ReferenceModel, RolesModel, RolesOutput, ValueModel, named_adapters
 
 logger = dist.get_logger(__name__)
 
@@ -88,8 +88,10 @@ class HybridEngine:
         raw, dtype = read_ds_config(recipe.zero.ds_config), models.DTYPES[recipe.model.dtype]
         zero.check_dtype(dtype)
         critic = reference = None
+        with zero.refused_together():  # before anything communicates: injecting some adapters does
+            sources = named_adapters(recipe)
         with zero.sharded_loading(raw, dtype):
-            roles = RolesModel(models.load_causal(recipe.model), recipe)
+            roles = RolesModel(models.load_causal(recipe.model), recipe, sources)
         if recipe.critic.home == "model":
             settings = _another(recipe.model, recipe.critic_path, quantized=recipe.critic.train == "lora")
             with zero.sharded_loading(raw, dtype):

@@ -1,4 +1,4 @@
-"""Whether the checkpoints and adapters that a recipe names can take their roles, told from their small files alone."""
+"""Whether the checkpoints that a recipe names can take their roles, told without reading their weights."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 # The names that transformers' configurations give to the longest sequence a model takes.
 POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "n_ctx", "max_seq_len", "seq_length")
+POSITION_KEYS += ("original_max_position_embeddings",)  # of longrope, the last that counts
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def problems_of(recipe: Recipe, due: Callable[[str], bool]) -> list[str]:
     """All that is wrong with the models, tokenizers and adapters that lie where `due` says it is time to look."""
     problems = []
-    base = None
-    if due(recipe.model.path):
-        base = _check_policy(recipe, problems)
-    if recipe.critic.home == "model" and due(recipe.critic_path):
+    base = _check_policy(recipe, problems) if due(recipe.model.path) else None
+    told = base is None and recipe.critic_path == recipe.model.path
+    if recipe.critic.home == "model" and due(recipe.critic_path) and not told:
         problems += _check_critic(recipe)
     if recipe.reference_home == "model" and due(recipe.reference_path):
         problems += _check_reference(recipe)
@@ -38,10 +38,7 @@ def problems_of(recipe: Recipe, due: Callable[[str], bool]) -> list[str]:
 
 
 def _check_policy(recipe: Recipe, problems: list[str]) -> PreTrainedModel | None:
-    """The policy without its weights, for its adapters to be tried on; None, with problems added, if it can't be had.
-
-    The latter are told; some others are too.
-    """
+    """The policy without its weights, for adapters to be tried on; None if it can't be had. Adds to `problems`."""
     model = recipe.model
     config = _model_config("model.path", model.path, model.revision, problems)
     if config is None:
@@ -101,7 +98,7 @@ def _beside(recipe: Recipe, setting: str, path: str, problems: list[str], same_v
         other = other_tokenizer(path, tokenizer, chat=False, trust_remote_code=model.trust_remote_code)
     except Exception:  # the policy's is told by _check_tokenizer; this one's is not needed
         return config
-    if other is not None:
+    if other is not None and other.get_vocab() != tokenizer.get_vocab():  # a base and its instruct model differ in EOS
         problems.append(
             f"{setting}: {path} has another tokenizer than model.path {model.path}, whose token ids it must "
             "read; name a model with the policy's tokenizer"
@@ -119,8 +116,6 @@ def _without_weights(
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification  # here: seconds
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
-    from engine.causal import check_causal
-
     found = _check_quantized(setting, path, config)
     if found:
         problems += found
@@ -133,7 +128,7 @@ def _without_weights(
         wanted["num_labels"] = 1
     try:
         described = AutoConfig.from_pretrained(path, **wanted)
-        check_causal(described)
+        _check_causal(described, setting)
         own = "AutoModelForSequenceClassification" in (getattr(described, "auto_map", None) or {})
         if classifier and not own and type(described) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
             raise RecipeError(
@@ -163,15 +158,23 @@ def _without_weights(
     return model
 
 
+def _check_causal(config, setting: str) -> None:
+    from engine.causal import check_causal  # here: it imports torch
+
+    try:
+        check_causal(config)
+    except RecipeError as error:
+        role = "the policy" if setting == "model.path" else f"the {setting.partition('.')[0]}"
+        raise RecipeError(*(problem.replace("the policy", role, 1) for problem in error.problems)) from None
+
+
 def _check_quantized(setting: str, path: str, config: dict) -> list[str]:
     found = config.get("quantization_config")
     if not found:
         return []
     method = found.get("quant_method", "") if isinstance(found, dict) else found
-    return [
-        f"{setting}: {path} is quantized already ({method}); name the checkpoint it was made from, and set "
-        "model.quantization to nf4 or int8 to quantize it while it loads"
-    ]
+    then = "" if setting == "rewards.model" else ", and model.quantization nf4 or int8 to quantize it while it loads"
+    return [f"{setting}: {path} is quantized already ({method}); name the checkpoint it was made from{then}"]
 
 
 def _check_reward_model(recipe: Recipe, path: str) -> list[str]:
@@ -186,7 +189,24 @@ def _check_reward_model(recipe: Recipe, path: str) -> list[str]:
             f"{outputs}; name a reward model"
         )
     problems += _check_quantized("rewards.model", path, config)
+    if not problems:
+        problems += _check_score_head(recipe, path)
     return problems + _check_reward_tokenizer(recipe, path, config)
+
+
+def _check_score_head(recipe: Recipe, path: str) -> list[str]:
+    from transformers import AutoConfig, AutoModelForSequenceClassification  # here: it takes seconds
+
+    from engine.scoring import check_scorable
+
+    trust = recipe.model.trust_remote_code
+    try:
+        described = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+        with adapter_checks.on_meta():
+            check_scorable(AutoModelForSequenceClassification.from_config(described, trust_remote_code=trust))
+    except Exception as error:  # no such head; or an unknown model_type, code that isn't trusted, a broken value
+        return [f"rewards.model: {path} can't score: {_reason(error)}"]
+    return []
 
 
 def _outputs(config: dict) -> int:
@@ -284,11 +304,20 @@ def _model_config(setting: str, path: str, revision: str | None, problems: list[
     except ValueError as error:
         problems.append(f"{setting}: {file} is not valid JSON ({error}); save the checkpoint again")
         return None
+    if not isinstance(config, dict):
+        problems.append(f"{setting}: {file} holds no object; save the checkpoint again")
+        return None
     # Models of several modalities keep the language model's part one level down.
-    return {**config.get("text_config", {}), **config}
+    return {**(config.get("text_config") or {}), **config}
 
 
 def _check_positions(recipe: Recipe, setting: str, path: str, config: dict) -> list[str]:
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if (rope.get("rope_type") or rope.get("type")) in ("longrope", "dynamic"):
+        # Beyond it transformers changes the frequencies by the longest row of a batch: a row would depend on its
+        # company, and cached keys would keep the old ones.
+        name = "original_max_position_embeddings"
+        config = {name: rope.get(name) or config.get(name) or config.get("max_position_embeddings")}
     key = next((key for key in POSITION_KEYS if isinstance(config.get(key), int) and config[key] > 0), None)
     longest = recipe.data.max_prompt_tokens + recipe.generation.max_new_tokens
     if key is None or config[key] >= longest:

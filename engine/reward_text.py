@@ -113,10 +113,12 @@ def _has_file(path: str, name: str) -> bool:
     if Path(path).is_dir():
         return (Path(path) / name).is_file()
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
         hf_hub_download(path, name)
+    except LocalEntryNotFoundError:
+        raise  # a kind of the other, and says only that the hub could not be asked
     except EntryNotFoundError:
         return False
     return True

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -59,18 +60,20 @@ class RolesModel(nn.Module):
     Args:
         base: a causal language model, every parameter frozen.
         recipe: says who lives on the base. An actor that trains in full is the base itself.
+        sources: the recipe's `named_adapters`, if they were read before.
 
     Raises:
         RecipeError: an adapter doesn't fit the base.
     """
 
-    def __init__(self, base: PreTrainedModel, recipe: Recipe):
+    def __init__(self, base: PreTrainedModel, recipe: Recipe, sources: dict | None = None):
         super().__init__()
         self.critic = recipe.critic
         self.temperature = recipe.generation.temperature or 1.0  # 0 is argmax, with the log-probs of temperature 1
         dtype = compute_dtype(base)
-        rewards = {reward_role(i): adapters.read(r.adapter) for i, r in enumerate(recipe.rewards) if r.adapter}
-        self.policy = adapters.attach(base, _adapters(recipe) | rewards)
+        sources = named_adapters(recipe) if sources is None else sources
+        rewards = {role: saved for role, saved in sources.items() if role not in (ACTOR, CRITIC, REFERENCE)}
+        self.policy = adapters.attach(base, sources)
         self.switch = adapters.Switch(self.policy)
         hidden_size = base.get_output_embeddings().in_features
         self.value_head = None
@@ -241,8 +244,12 @@ class ReferenceModel(nn.Module):
         return response_logits(self.model, layout, self.temperature)[0]
 
 
-def _adapters(recipe: Recipe) -> dict:
-    """Where the adapters of actor, critic and reference come from, for those that have one on the base."""
+def named_adapters(recipe: Recipe) -> dict[str, LoraConfig | adapters.SavedAdapter]:
+    """Where the adapters on the base come from, by role; those in folders are read here.
+
+    Raises:
+        RecipeError: a folder holds none that can be used.
+    """
     wanted = {}
     if recipe.actor.train == "lora":
         start = recipe.actor.init_adapter
@@ -251,13 +258,13 @@ def _adapters(recipe: Recipe) -> dict:
         wanted[CRITIC] = adapters.lora_config(recipe.critic.lora)
     if recipe.reference_home == "adapter":
         wanted[REFERENCE] = adapters.read(recipe.reference_path)
-    return wanted
+    rewards = {reward_role(i): r.adapter for i, r in enumerate(recipe.rewards) if r.adapter}
+    return wanted | {role: adapters.read(path, reward=True) for role, path in rewards.items()}
 
 
 def _reward_head(saved: adapters.SavedAdapter, dtype: torch.dtype) -> nn.Linear:
-    weight = adapters.check_reward(saved)
-    head = nn.Linear(weight.shape[1], 1, bias=False, dtype=dtype)
-    head.weight.data.copy_(weight)
+    head = nn.Linear(saved.head.shape[1], 1, bias=False, dtype=dtype)
+    head.weight.data.copy_(saved.head)
     return head
 
 

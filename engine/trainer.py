@@ -183,8 +183,8 @@ class Trainer:
             page = before_after(before, after)
             (self.folder.path / "before_after.txt").write_text(page)
             logger.info("\n%s", page)
-        logger.info("base shards %s; run folder: %s", "unchanged" if now == base else "CHANGED", self.folder.path)
-        assert now == base, "the frozen base changed during training: see base_shards.json"
+        logger.info("frozen shards %s; run folder: %s", "unchanged" if now == base else "CHANGED", self.folder.path)
+        assert now == base, "frozen weights changed during training: see base_shards.json"
 
     def close(self) -> None:
         """Give back files, engines and buffers."""

@@ -210,7 +210,12 @@ class TrainedEngine:
             scaled_by = self._loss_scale()
             # A dynamic scale that grows in this very step grows before DeepSpeed divides the gradients by it.
             self.steps.correction = lambda: self._loss_scale() / scaled_by
-        self.engine.step()
+        try:
+            self.engine.step()
+        except Exception as error:  # DeepSpeed has no type of its own for this
+            if "minimum" not in str(error):
+                raise
+            raise FloatingPointError(f"float16 gradients overflow at the smallest loss scale: {error}") from error
         norms = dict(self.steps.norms)
         if self.scales_loss and not norms:
             return {}
@@ -322,18 +327,26 @@ def sharded_loading(ds_config: dict | None, dtype: torch.dtype) -> Iterator[None
             raised on every rank.
     """
     zero = (ds_config or {}).get("zero_optimization", {})
-    if zero.get("stage", 0) != 3:
-        yield
-        return
-    # transformers keeps a weak reference that changes every model it builds; a later one must not come out in shards.
-    state = HfDeepSpeedConfig(_loading_config(zero, dtype))
+    with refused_together():
+        if zero.get("stage", 0) != 3:
+            yield
+            return
+        # transformers keeps a weak reference that changes every model it builds; a later one must not come out sharded.
+        state = HfDeepSpeedConfig(_loading_config(zero, dtype))
+        try:
+            yield
+        finally:
+            del state
+
+
+@contextmanager
+def refused_together() -> Iterator[None]:
+    """A RecipeError of any rank inside is raised on every rank at the end: the others would wait for it for ever."""
     problems: tuple[str, ...] = ()
     try:
         yield
     except RecipeError as error:
         problems = error.problems
-    finally:
-        del state
     found = [problem for rank_problems in dist.all_gather_objects(problems) for problem in rank_problems]
     if found:
         raise RecipeError(*dict.fromkeys(found))

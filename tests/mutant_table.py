@@ -316,10 +316,13 @@ ROLLOUT, STOPPING, ROLES, ADAPTERS = "test_rollout.py", "test_stopping.py", "tes
 STOPS_BY_HAND = f"{ROLLOUT}::test_stop_strings_by_hand"
 REPLICA = f"{ROLES}::test_the_replica_computes_what_the_actor_does"
 CALLS = "test_causal.py"
+REFUSED = "test_combinations.py::test_refused"
 
 PHASES, LAYOUTS, HOMES, NUMBERS = "test_phases.py", "test_hybrid_engine.py", "test_homes.py", "test_numbers.py"
+PLAIN_UPDATE = f"{LAYOUTS}::test_two_ranks_at_every_stage_make_the_plain_update"
 OWN_CRITIC = f"{LAYOUTS}::test_models_of_their_own_make_the_plain_update_too[critic LoRA model]"
 OVERFLOW = f"{NUMBERS}::test_an_overflow_skips_the_step_and_is_counted[ds_configs/zero0.json]"
+KL_STOP = f"{HOMES}::test_a_kl_stop_leaves_no_gradient_behind"
 EXPORT = "test_checkpoint.py::test_export_computes_the_same_in_plain_libraries"
 
 MUTANTS += [
@@ -511,6 +514,14 @@ MUTANTS += [
         f"{CALLS}::test_adapters_go_where_every_token_passes",
         f"{CALLS}::test_adapters_in_experts_or_mamba_layers_are_refused",
     ),
+    alone(
+        "experts-fetched-one-by-one",
+        "zero",
+        "deepspeed.utils.set_z3_leaf_module(experts, True)",
+        "pass",
+        "ranks that route to different experts wait for each other, or compute with halves",
+        f"{CALLS}::test_engines_fetch_experts_together",
+    ),
     # --- one process: roles
     alone(
         "critic-reads-one-late",
@@ -596,8 +607,8 @@ MUTANTS += [
     alone(
         "adapters-inside-copies",
         "adapters",
-        "config.exclude_modules = INSIDE_COPIES",
-        "pass",
+        "INSIDE_COPIES if around_copies else config.exclude_modules",
+        "config.exclude_modules",
         "a second adapter reaches into the head that the first one copied",
         ADAPTERS,
     ),
@@ -660,7 +671,7 @@ MUTANTS += [
     alone(
         "reward-head-random",
         "roles",
-        "head.weight.data.copy_(weight)",
+        "head.weight.data.copy_(saved.head)",
         "pass",
         "a reward adapter's head is left at random",
         ADAPTERS,
@@ -818,7 +829,7 @@ MUTANTS += [
         'extra="forbid"',
         'extra="ignore"',
         "a misspelt recipe key is passed over in silence",
-        "test_config.py",
+        "test_config.py::test_unknown_key_names_the_nearest",
     ),
     alone(
         "more-tokens-than-positions",
@@ -827,6 +838,46 @@ MUTANTS += [
         "if True:",
         "a model reads positions that it doesn't have",
         "test_config.py::test_more_tokens_than_positions",
+    ),
+    alone(
+        "overflows-unreported",
+        "metrics",
+        '"update/overflows": stats.overflows',
+        '"update/overflows": 0',
+        "nobody sees that float16 passes steps over",
+        "test_metrics.py::test_update_metrics_by_hand",
+    ),
+    alone(
+        "full-actor-on-its-reference",
+        "combinations",
+        'if recipe.reference_home != "model":',
+        "if False:",
+        "the reference moves with the actor",
+        f"{REFUSED}[full actor, reference on its base]",
+    ),
+    alone(
+        "int8-in-shards",
+        "combinations",
+        'if stage == 3 and recipe.model.quantization == "int8":',
+        "if False:",
+        "ZeRO-3 shards nothing of an int8 base",
+        f"{REFUSED}[int8 at stage 3]",
+    ),
+    alone(
+        "trunk-refused",
+        "combinations",
+        'if critic.trunk_detach and critic.home != "trunk":',
+        "if critic.trunk_detach:",
+        "a setting is refused where it belongs",
+        "test_combinations.py::test_allowed[detached trunk]",
+    ),
+    alone(
+        "critic-of-a-smaller-vocabulary",
+        "model_checks",
+        "else theirs < ours)",
+        "else False)",
+        "a critic meets token ids that it has no embedding for",
+        f"{REFUSED}[critic with fewer embeddings]",
     ),
     alone(
         "random-head",
@@ -846,7 +897,7 @@ MUTANTS += [
         "_, value, _ = _losses(engine, experience, part, recipe, kl_coef, frozen, denominator); "
         "engine.backward(value * 0, value, last=index == len(parts) - 1)",
         "a forward and backward for each role: ZeRO-3 keeps stale gradients",
-        f"{LAYOUTS}::test_two_ranks_at_every_stage_make_the_plain_update[zero3-adapter]",
+        f"{PLAIN_UPDATE}[zero3-adapter]",
     ),
     ranks(
         "checkpoint-without-role",
@@ -854,7 +905,7 @@ MUTANTS += [
         "return nullcontext(), self.acting_as(self._role)",
         "return nullcontext(), nullcontext()",
         "activations are recomputed with the role of the moment",
-        f"{LAYOUTS}::test_cutting_and_recomputing_change_nothing",
+        f"{LAYOUTS}::test_cutting_and_recomputing_change_nothing[zero2-True-1]",
     ),
     ranks(
         "local-denominator",
@@ -862,7 +913,7 @@ MUTANTS += [
         "denominator = tokens / dist.world_size()",
         "denominator = tokens",
         "gradients shrink with the number of ranks",
-        f"{LAYOUTS}::test_two_ranks_at_every_stage_make_the_plain_update",
+        f"{PLAIN_UPDATE}[zero2-adapter]",
     ),
     ranks(
         "norm-of-a-shard",
@@ -870,7 +921,7 @@ MUTANTS += [
         "square = dist.all_reduce(square)",
         "square = square",
         "each rank clips by the norm of its own shard",
-        f"{LAYOUTS}::test_two_ranks_at_every_stage_make_the_plain_update",
+        f"{PLAIN_UPDATE}[zero2-adapter]",
     ),
     ranks(
         "clipping-forgotten",
@@ -878,7 +929,7 @@ MUTANTS += [
         "if limit and norm > limit:",
         "if False:",
         "gradients are never clipped",
-        f"{LAYOUTS}::test_two_ranks_at_every_stage_make_the_plain_update",
+        f"{PLAIN_UPDATE}[zero2-adapter]",
     ),
     ranks(
         "discard-by-zeroing",
@@ -886,7 +937,15 @@ MUTANTS += [
         "parameter.grad = None",
         "parameter.grad.zero_()",
         "a minibatch that the KL stop passed over still decays weights and moves by momentum",
-        f"{PHASES}::test_kl_stop_skips_the_rest_and_leaves_no_trace",
+        f"{PHASES}::test_kl_stop_skips_the_rest_and_leaves_no_trace[zero0]",
+    ),
+    ranks(
+        "gradients-kept",
+        "hybrid_engine",
+        "self.engine.discard()\n",
+        "pass\n",
+        "gradients of a minibatch that the KL stop passed over reach the next step",
+        f"{KL_STOP}[adapter-zero0]",
     ),
     ranks(
         "frozen-by-zero-loss-alone",
@@ -894,7 +953,7 @@ MUTANTS += [
         "role: 0.0 if role in frozen else self.schedules[role].rate(step)",
         "role: self.schedules[role].rate(step)",
         "a frozen actor moves by weight decay",
-        f"{PHASES}::test_critic_warmup_freezes_the_actor_to_the_byte",
+        f"{PHASES}::test_critic_warmup_freezes_the_actor_to_the_byte[zero0]",
     ),
     ranks(
         "waiting-counts",
@@ -902,7 +961,7 @@ MUTANTS += [
         'optimizer.state[parameter]["step"] = optimizer.state[parameter]["step"] * 0',
         "pass",
         "Adam's count runs while a role is frozen",
-        f"{PHASES}::test_an_actor_that_waited_steps_like_one_that_did_not",
+        f"{PHASES}::test_an_actor_that_waited_steps_like_one_that_did_not[zero0]",
     ),
     ranks(
         "startup-step-counts",
@@ -918,7 +977,7 @@ MUTANTS += [
         "if not all(map(math.isfinite, minibatch.values())):",
         "if False:",
         "training goes on after a loss that is not a number",
-        f"{PHASES}::test_a_loss_that_is_not_finite_stops_before_the_step",
+        f"{PHASES}::test_a_loss_that_is_not_finite_stops_before_the_step[returns]",
     ),
     # --- two processes: models of their own
     ranks(
@@ -943,7 +1002,7 @@ MUTANTS += [
         "self.critic_engine.discard()",
         "pass",
         "gradients of a minibatch that the KL stop passed over reach a critic of its own",
-        f"{HOMES}::test_the_kl_stop_leaves_no_trace_in_a_critic_of_its_own",
+        f"{KL_STOP}[model-zero0]",
     ),
     ranks(
         "own-reference-ignored",
@@ -991,7 +1050,7 @@ MUTANTS += [
         "update",
         "stats.overflows += len(norms) < len(engine.role_steps)",
         "pass",
-        "nobody sees that float16 passes steps over",
+        "steps that float16 passes over are not counted",
         OVERFLOW,
     ),
     ranks(
@@ -1009,7 +1068,7 @@ MUTANTS += [
         "self.replica.free()",
         "pass",
         "generation keeps the whole policy in memory",
-        f"{PHASES}::test_generation_gives_its_memory_back",
+        f"{PHASES}::test_generation_gives_its_memory_back[zero0]",
     ),
     ranks(
         "space-before-the-response-lost",
@@ -1041,7 +1100,7 @@ MUTANTS += [
         "if name not in tied}",
         "if True}",
         "ZeRO-3 exports an empty output head where it is tied to the embedding",
-        "test_checkpoint.py::test_a_full_actor_with_tied_weights_is_exported_whole",
+        "test_checkpoint.py::test_a_full_actor_with_tied_weights_is_exported_whole[zero3]",
     ),
     Mutant(
         "silent-rank",
@@ -1049,7 +1108,7 @@ MUTANTS += [
         "if text is not None:",
         "if text is not None and index == rank():",
         "the other ranks wait for the one that failed",
-        ("tests/test_reward_sources.py",),
+        ("tests/test_reward_sources.py::test_a_failure_on_one_rank_stops_all_with_its_message",),
         timeout_seconds=900,
     ),
     ranks(

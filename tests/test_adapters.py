@@ -123,6 +123,15 @@ def broken(tmp_path, what: str) -> str:
         save_file({name: torch.cat([w, w], 1) for name, w in weights.items()}, file)
     if what == "biases":
         (folder / "adapter_config.json").write_text(json.dumps({**config, "bias": "all"}))
+    if what == "a changed base":
+        (folder / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": "pissa"}))
+    if what == "another formula":
+        (folder / "adapter_config.json").write_text(json.dumps({**config, "lora_bias": True}))
+    if what == "another base":
+        embeddings = {"base_model.model.model.embed_tokens.weight": torch.zeros(tiny.VOCABULARY, 32)}
+        save_file({**weights, **embeddings}, file)
+    if what == "a classifier":
+        save_reward(folder)
     if what == "other names":
         (folder / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["c_attn"]}))
     return str(folder)
@@ -139,6 +148,10 @@ def broken(tmp_path, what: str) -> str:
         ("unknown weights", "has weights for unknown"),
         ("other sizes", "doesn't fit the base"),
         ("other names", "c_attn"),
+        ("a changed base", "init_lora_weights 'pissa'"),
+        ("another formula", "lora_bias True"),
+        ("another base", "carries a base_model.model.model.embed_tokens.weight of its own"),
+        ("a classifier", "name it in rewards.adapter"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused(what, said, tmp_path):
@@ -146,6 +159,29 @@ def test_an_adapter_that_does_not_fit_is_refused(what, said, tmp_path):
     with pytest.raises(RecipeError, match=r".") as caught:
         roles(actor={"init_adapter": path})
     assert said in str(caught.value) and path in str(caught.value)
+
+
+@pytest.mark.parametrize("home", ["base", "adapter"])
+def test_what_peft_saves_of_the_base_stays_in_the_file(home, tmp_path):
+    """It saves an adapted head's own weight, and embeddings after a resize: loaded, they'd be everyone's."""
+    plain = save_adapter(tmp_path / "sft", tiny.llama(), r=4, target_modules=["q_proj", "lm_head"])
+    assert any("lm_head.base_layer" in name for name in load_file(tmp_path / "sft" / "adapter_model.safetensors"))
+    model = roles(actor={"init_adapter": str(tmp_path / "sft")}, reference={"home": home})
+    assert torch.allclose(logits(model, ACTOR, IDS), plain(IDS).logits, atol=1e-5)
+    assert torch.equal(model.causal.lm_head.base_layer.weight, tiny.llama().lm_head.weight)
+
+
+def test_a_second_adapter_keeps_its_own_exclusions(tmp_path):
+    plain = save_adapter(
+        tmp_path / "sft", tiny.llama(), r=4, exclude_modules=["gate_proj"], modules_to_save=["embed_tokens"]
+    )
+    model = roles(actor={"init_adapter": str(tmp_path / "sft")})
+    assert torch.allclose(logits(model, REFERENCE, IDS), plain(IDS).logits, atol=1e-5)
+
+
+def test_only_single_layers_are_trained_whole():
+    with pytest.raises(RecipeError, match="modules_to_save takes single layers"):
+        roles(actor={"lora": {"modules_to_save": ["mlp"]}})
 
 
 @pytest.mark.parametrize("labels, said", [(2, "got 2 outputs"), (None, "got none")])

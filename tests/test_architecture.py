@@ -13,8 +13,9 @@ LAYERS = [
     {"errors", "combinations"},
     {"ppo", "batch", "causal", "config", "dist", "randomness", "stories", "reward_text", "stopping"},
     {"zero", "ds_config", "plugins", "command_line", "console", "minibatches", "models", "prompts", "metrics"}
-    | {"adapters", "scoring"},
-    {"roles", "run_folder", "adapter_checks"},
+    | {"scoring"},
+    {"adapters", "run_folder"},
+    {"roles", "adapter_checks"},
     {"replica", "model_checks"},
     {"hybrid_engine", "checks"},
     {"checkpoint", "reward_sources"},

@@ -294,3 +294,14 @@ def test_ranks_that_route_to_different_experts_fetch_what_they_compute_with(pool
     (sum(model(rank).sum() for rank in range(2)) / 2).backward()
     expected = torch.cat([p.grad.flatten() for p in model.adapter.parameters()]).norm().item()
     assert pool.run(rank_takes_its_own_expert) == pytest.approx([expected] * 2, rel=1e-5)
+
+
+def test_engines_fetch_experts_together(alone):
+    from deepspeed.utils import z3_leaf_module
+
+    from engine import zero
+
+    model = OldBlock()
+    engine = zero.FrozenEngine(model, torch.float32, offload_to_cpu=False)
+    assert z3_leaf_module(model.mixture) and not z3_leaf_module(model.adapter)
+    engine.close()

@@ -310,7 +310,9 @@ def world(tmp_path, monkeypatch):
         json.dumps({"model_type": "llama", "max_position_embeddings": 112})
     )
     (tmp_path / "reward").mkdir()
-    (tmp_path / "reward" / "config.json").write_text(json.dumps({"n_positions": 112, "id2label": {"0": "LABEL_0"}}))
+    (tmp_path / "reward" / "config.json").write_text(
+        json.dumps({"model_type": "gpt2", "n_positions": 112, "id2label": {"0": "LABEL_0"}})
+    )
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
     (tmp_path / "mine.py").write_text("def f(prompts, responses):\n    return [0.0 for _ in responses]\n")
     return tmp_path
@@ -381,7 +383,7 @@ def test_reward_model_with_two_outputs(world):
     assert "one output" in refused() and "says 2" in refused()
     (world / "reward" / "config.json").write_text("{}")  # transformers' own default is 2
     assert "says 2" in refused()
-    (world / "reward" / "config.json").write_text('{"num_labels": 1}')
+    (world / "reward" / "config.json").write_text('{"model_type": "gpt2", "num_labels": 1}')
     check_files(recipe_of())
 
 
@@ -471,7 +473,7 @@ def own_tokenizer(folder, **changes):
 
 
 def test_a_reward_model_with_another_tokenizer(world):
-    reward = {"n_positions": 10, "num_labels": 1, "vocab_size": 4}
+    reward = {"model_type": "gpt2", "n_positions": 10, "num_labels": 1, "vocab_size": 4}
     (world / "reward" / "config.json").write_text(json.dumps(reward))
     assert "takes at most 10" in refused(), "without a tokenizer it reads the policy's ids"
     own_tokenizer(world / "reward")
@@ -485,10 +487,27 @@ def test_a_reward_model_with_another_tokenizer(world):
     assert "rewards.model: the tokenizer of reward can't be loaded" in refused()
 
 
+def test_a_reward_model_needs_a_linear_score_head(world):
+    (world / "reward" / "config.json").write_text(json.dumps({"model_type": "bert", "num_labels": 1}))
+    assert "reward can't score: BertForSequenceClassification has no head named `score`" in refused()
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_frequencies_that_change_with_the_longest_row_end_at_the_original_length(world, kind):
+    rope = {"rope_type": kind, "original_max_position_embeddings": 100, "factor": 2.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
+    config = {"model_type": "phi3", "max_position_embeddings": 4096, "rope_scaling": rope, "pad_token_id": 0}
+    (world / "policy" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RecipeError) as caught:
+        check_files(recipe_of())
+    assert any("at most 100 (original_max_position_embeddings)" in problem for problem in caught.value.problems)
+
+
 def test_a_reward_model_too_small_for_the_policys_ids(world):
-    (world / "reward" / "config.json").write_text(json.dumps({"num_labels": 1, "vocab_size": 2}))
+    (world / "reward" / "config.json").write_text(json.dumps({"model_type": "gpt2", "num_labels": 1, "vocab_size": 2}))
     assert "reward has 2 embeddings (vocab_size), and the policy policy has token ids up to 2" in refused()
-    (world / "reward" / "config.json").write_text(json.dumps({"num_labels": 1, "vocab_size": 3}))
+    (world / "reward" / "config.json").write_text(json.dumps({"model_type": "gpt2", "num_labels": 1, "vocab_size": 3}))
     check_files(recipe_of())
 
 

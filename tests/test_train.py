@@ -96,7 +96,7 @@ def test_a_run_leaves_its_record_behind(run):
 def test_people_get_a_line_per_iteration_and_no_chatter(run):
     text = (run.parent / "stderr.txt").read_text()
     assert sum("iteration " in line and "score" in line for line in text.splitlines()) == 3
-    assert "before" in text and "base shards unchanged" in text
+    assert "before" in text and "frozen shards unchanged" in text
     for chatter in ("Warning", "Using client Optimizer", "gemm_4bit"):
         assert chatter not in text, text
 
