@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -23,6 +24,8 @@ from engine import causal
 from engine.config import ModelConfig
 from engine.errors import RecipeError
 
+# No weights or broken ones, another architecture, other sizes, a kernel that isn't installed.
+UNLOADABLE = (OSError, ValueError, ImportError, RuntimeError, SafetensorError)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -91,7 +94,7 @@ def _load(factory, settings: ModelConfig, may_lack: frozenset | set = frozenset(
             )
     except RecipeError:
         raise
-    except (OSError, ValueError, ImportError, RuntimeError) as error:  # no weights, another architecture, other sizes
+    except UNLOADABLE as error:
         raise RecipeError(f"{settings.path} can't be loaded: {error}") from error
     wrong = [f"{name} is {list(here)}, not {list(wanted)}" for name, here, wanted in sorted(found["mismatched_keys"])]
     if wrong:

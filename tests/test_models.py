@@ -87,6 +87,12 @@ class TestFolders:
             logits[kernel] = model(input_ids=ids).logits
         assert torch.allclose(logits["eager"], logits["sdpa"], atol=1e-5)
 
+    def test_a_broken_file(self, tmp_path):
+        checkpoints.save_policy(tmp_path)
+        (tmp_path / "model.safetensors").write_bytes(b"half a download")
+        with pytest.raises(RecipeError, match="can't be loaded"):
+            models.load_causal(settings(tmp_path))
+
     def test_weights_that_are_missing(self, tmp_path):
         with pytest.raises(RecipeError, match="no weights for lm_head.weight, which a LlamaForCausalLM needs"):
             models.load_causal(settings(without_head(tmp_path)))

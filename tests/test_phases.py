@@ -289,13 +289,14 @@ def kl_stop(stage: str) -> dict:
     start = weights(engine, ACTOR, CRITIC)
     stats = update(engine, plain, recipe, 0, 0.0, frozenset())
     stopped = weights(engine, ACTOR, CRITIC)
-    # The discarded gradients must not leak into the next step.
+    # The discarded gradients must not leak into the next step, of other minibatches: twice the same gradient would be
+    # clipped to the same step.
     free = tiny.recipe(**on_stage(stage))
-    update(engine, plain, free, 0, 0.0, frozenset())
+    update(engine, plain, free, 1, 0.0, frozenset())
     after = weights(engine, ACTOR, CRITIC)
     engine.close()
     other = tiny.engine(free)
-    update(other, plain, free, 0, 0.0, frozenset())
+    update(other, plain, free, 1, 0.0, frozenset())
     undisturbed = weights(other, ACTOR, CRITIC)
     other.close()
     return {
