@@ -213,7 +213,7 @@ class TrainedEngine:
         try:
             self.engine.step()
         except Exception as error:  # DeepSpeed has no type of its own for this
-            if "minimum" not in str(error):
+            if not self.scales_loss or "minimum" not in str(error):
                 raise
             raise FloatingPointError(f"float16 gradients overflow at the smallest loss scale: {error}") from error
         norms = dict(self.steps.norms)
