@@ -1,7 +1,8 @@
 PYTHON ?= python3
+WORKLOAD ?= fixed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test lint mutants
+.PHONY: quickstart test lint mutants bench
 quickstart: .venv/.installed
 	.venv/bin/deepspeed --quiet --num_accelerators 2 launch/train.py
 
@@ -13,6 +14,9 @@ lint: .venv/.installed-dev
 
 mutants: .venv/.installed-dev
 	.venv/bin/python tests/mutants.py
+
+bench: .venv/.installed
+	.venv/bin/deepspeed --quiet --num_accelerators 2 launch/bench.py $(WORKLOAD)
 
 .venv/.installed: requirements.txt
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv

@@ -212,11 +212,15 @@ class Switch:
     """Chooses the adapter that shapes a model's forwards.
 
     Done by hand: peft's `set_adapter` would also flip `requires_grad` and so take a role out of the optimizer.
+
+    Args:
+        models: they are switched together.
     """
 
-    def __init__(self, model: nn.Module):
-        self.layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
-        self.wrappers = [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+    def __init__(self, *models: nn.Module):
+        modules = [m for model in models for m in model.modules()]
+        self.layers = [m for m in modules if isinstance(m, BaseTunerLayer)]
+        self.wrappers = [m for m in modules if isinstance(m, AuxiliaryTrainingWrapper)]
 
     def to(self, name: str) -> None:
         """From now on `name`; a layer without such an adapter computes as the base does."""

@@ -93,6 +93,7 @@ class Evaluation:
     kl: Tensor  # [B, R] float32, the penalty's estimator
     old_values: Tensor  # [B, R] float32, V read before response token t
     source_scores: Tensor  # [B, S] float32, raw, one column per reward source
+    padded_lengths: Tensor  # [B] int64, tokens that the row took up in its forward, padding included
 
     def __post_init__(self):
         per_token = (self.old_logprobs, self.ref_logprobs, self.kl, self.old_values)
@@ -123,6 +124,8 @@ class UpdateStats:
     """policy/..., value/... and kl_loss/... sums of `ppo`'s stats, entropy_sum."""
     first_ratio_deviation: float = 0.0
     """Largest |ratio - 1| over the first minibatch: 0 but for rounding, or sampler and trainer disagree."""
+    sampler_kl: float = 0.0
+    """Mean k3 between the sampler's log-probs and what the trainer's same weights say of its tokens."""
     grad_norms: dict[str, list[float]] = field(default_factory=dict)
     """By role, one per optimizer step, before clipping."""
     learning_rates: dict[str, float] = field(default_factory=dict)
@@ -133,16 +136,21 @@ class UpdateStats:
     """Steps among them that a role passed over because its float16 gradient overflowed."""
     skipped: int = 0
     """Minibatches that the KL stop passed over."""
+    real_tokens: int = 0
+    """Prompt and response tokens that went through forwards."""
+    padded_tokens: int = 0
+    """The same with the padding of these forwards."""
 
 
 def map_rows(record, function):
-    """A record of the same type with `function` applied to each of its tensors, nested records included."""
-    changed = {}
-    for name, value in vars(record).items():
-        changed[name] = function(value) if isinstance(value, Tensor) else map_rows(value, function)
-    return type(record)(**changed)
+    """A record of the same type whose tensors are `function` of their list; a nested record gets a call of its own."""
+    fields = vars(record)
+    tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
+    changed = dict(zip(tensors, function(list(tensors.values())), strict=True))
+    nested = {name: map_rows(value, function) for name, value in fields.items() if name not in tensors}
+    return type(record)(**changed, **nested)
 
 
 def take_rows(record, rows: Tensor):
     """The rows `rows` (int64 indices) of a record of tensors."""
-    return map_rows(record, lambda tensor: tensor[rows])
+    return map_rows(record, lambda tensors: [tensor[rows] for tensor in tensors])

@@ -59,21 +59,6 @@ def call(model: nn.Module, ids: Tensor, mask: Tensor, **keywords):
     return output
 
 
-def call_with_hidden(model: nn.Module, ids: Tensor, mask: Tensor, **keywords) -> tuple:
-    """`call`'s output, and what the model's head was given: hidden states `[B, logits_to_keep or L, H]`.
-
-    `output_hidden_states` would keep those of every layer, and its last ones are not the head's in every family.
-    """
-    given = []
-    head = _plain(model).get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda module, inputs: given.append(inputs[0]))
-    try:
-        output = call(model, ids, mask, **keywords)
-    finally:
-        handle.remove()
-    return output, given[-1]
-
-
 def backbone(model: nn.Module) -> nn.Module:
     """The part of a model below its head."""
     plain = _plain(model)

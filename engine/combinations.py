@@ -16,11 +16,13 @@ def problems_of(recipe: Recipe) -> list[str]:
     """What the recipe combines that can't be, whatever the files and the ZeRO stage."""
     return [
         *_sizes(recipe),
+        *_old_logprobs(recipe),
         *_full_actor(recipe),
         *_adapters(recipe),
         *_critic(recipe),
         *_reference(recipe),
         *_numbers(recipe),
+        *_memory(recipe),
     ]
 
 
@@ -82,6 +84,52 @@ def _sizes(recipe: Recipe) -> list[str]:
         for label, count in counts.items()
         if count > 1
     ]
+    return problems
+
+
+def _old_logprobs(recipe: Recipe) -> list[str]:
+    """Without the pass before the update there are the sampler's log-probs alone."""
+    settings, kl, problems = recipe.ppo, recipe.kl, []
+    if settings.old_logprobs == "recompute":
+        return problems
+    said = f"got ppo.old_logprobs {settings.old_logprobs}"
+    if settings.importance_cap is not None:
+        problems.append(
+            "ppo.importance_cap weighs the sampler's tokens by recomputed log-probs, got ppo.importance_cap "
+            f"{settings.importance_cap:g} with ppo.old_logprobs {settings.old_logprobs}; set ppo.old_logprobs to "
+            "recompute, or ppo.importance_cap to null"
+        )
+    if kl.placement == "reward" and kl.estimator == "full":
+        problems.append(
+            f"kl.estimator full in the reward needs the policy's whole distribution before the update, {said}; set "
+            "ppo.old_logprobs to recompute, or kl.estimator to k1"
+        )
+    if settings.old_logprobs == "on_policy":
+        problems += _on_policy(recipe)
+    return problems
+
+
+def _on_policy(recipe: Recipe) -> list[str]:
+    """The policy of the update is the one that sampled: nothing may move, or be wanted, in between."""
+    settings, kl, said = recipe.ppo, recipe.kl, "ppo.old_logprobs on_policy"
+    sequences = recipe.data.prompts_per_iteration * recipe.data.samples_per_prompt
+    problems = []
+    if settings.epochs > 1 or settings.minibatch_sequences < sequences:
+        problems.append(
+            f"{said} needs one optimizer step per iteration, got ppo.epochs {settings.epochs} and "
+            f"ppo.minibatch_sequences {settings.minibatch_sequences} of {sequences} sequences; set them to 1 and "
+            f"{sequences}, or ppo.old_logprobs to rollout"
+        )
+    if kl.placement == "reward" and kl.kl_coef:
+        problems.append(
+            f"{said} knows the policy's log-probs in the update alone, too late for a KL in the reward, got kl.kl_coef "
+            f"{kl.kl_coef:g}; set kl.placement to loss, kl.kl_coef to 0, or ppo.old_logprobs to rollout"
+        )
+    if settings.target_kl is not None:
+        problems.append(
+            f"{said} has one step to an iteration and none to skip after it, got ppo.target_kl "
+            f"{settings.target_kl:g}; set it to null, or ppo.old_logprobs to recompute"
+        )
     return problems
 
 
@@ -193,3 +241,12 @@ def _numbers(recipe: Recipe) -> list[str]:
             "adapter"
         )
     return problems
+
+
+def _memory(recipe: Recipe) -> list[str]:
+    if recipe.zero.offload_activations and not recipe.zero.activation_checkpointing:
+        return [
+            "zero.offload_activations moves what activation checkpointing saves, got zero.offload_activations true "
+            "with zero.activation_checkpointing false; set the second to true, or the first to false"
+        ]
+    return []

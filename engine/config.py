@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -22,6 +20,7 @@ from pydantic import (
 )
 
 from engine import combinations
+from engine.section import Section
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -30,27 +29,6 @@ def locate(path: str | Path) -> Path:
     """`path` from the working directory or, for what comes with Alternator, from the repository; else as given."""
     here = Path(path).expanduser()
     return REPOSITORY / here if not here.exists() and (REPOSITORY / here).exists() else here
-
-
-class Section(BaseModel):
-    """A part of the recipe: immutable, and a key that it doesn't know is an error."""
-
-    # No inf or nan: no setting means anything there, and YAML's .inf is easy to reach for as "off".
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _empty_is_default(cls, values):
-        # A section of a YAML file whose keys are all commented out reads as null.
-        return {} if values is None else values
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _words_are_no_numbers(cls, value, info):
-        # YAML reads yes, no, on and off as booleans, and pydantic would go on to read those as 1 and 0.
-        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
-            raise ValueError(f"takes no boolean, got {value}; YAML reads yes, no, on and off as one: quote a word")
-        return value
 
 
 class ModelConfig(Section):
@@ -253,6 +231,12 @@ class PPOConfig(Section):
     """Sequences of one optimizer step, over all ranks."""
     micro_batch_sequences: PositiveInt = 16
     """Most sequences in one forward of one rank; changes speed and memory, never the result."""
+    tokens_per_micro_batch: PositiveInt | None = None
+    """Most tokens, padding included, in one forward of one rank, similar lengths together; null: so many sequences."""
+    old_logprobs: Literal["recompute", "rollout", "on_policy"] = "recompute"
+    """recompute: a pass before the update. rollout: the sampler's. on_policy: the update's own (one step, ratio 1)."""
+    importance_cap: PositiveFloat | None = None
+    """Truncated importance weight min(exp(old_logprobs - sampler_logprobs), cap) on the policy loss; null: off."""
     clip_ratio: PositiveFloat = 0.2
     """The ratio is clipped to [1 - clip_ratio, 1 + clip_ratio]."""
     dual_clip: float | None = Field(None, gt=1)
@@ -315,8 +299,12 @@ class GenerationConfig(Section):
     """Tokens that end a response besides those of the tokenizer and the model's generation config."""
     stop_strings: list[str] = []
     """Texts that end a response where they appear in it; what is scored ends before them."""
-    batch_sequences: PositiveInt = 64
+    max_concurrent_sequences: PositiveInt = 64
     """Most sequences of a rank that decode at once."""
+    continuous_batching: bool = True
+    """Sort prompts by length and give a finished sequence's slot to the next prompt; false: whole batches, in order."""
+    gather_budget_bytes: NonNegativeInt | Literal["auto"] = "auto"
+    """ZeRO-3: bytes that stay gathered while decoding, the rest is fetched by layer; auto: what the device holds."""
 
     @model_validator(mode="after")
     def _minimum_below_maximum(self):
@@ -335,6 +323,8 @@ class ZeroConfig(Section):
     """DeepSpeed JSON of the trained engine; "auto" values are filled from the recipe."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward: less memory, one more forward."""
+    offload_activations: bool = False
+    """Keep what activation checkpointing saves (each layer's input) in host memory; on a CPU it saves nothing."""
 
 
 class EvaluationConfig(Section):

@@ -5,13 +5,17 @@ Every function works in a plain single process too, where it is the identity.
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import os
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from engine import traffic
 from engine.errors import RunError
 
 
@@ -42,41 +46,64 @@ def all_reduce(tensor: Tensor, op: str = "sum") -> Tensor:
     # NCCL reduces device tensors only; a host scalar (an offloaded optimizer's norm) travels there and back.
     moved = tensor.detach().clone().to(_device())
     dist.all_reduce(moved, getattr(dist.ReduceOp, op.upper()))
+    traffic.count("reduced", moved, world_size(), passes=2)
     return moved.to(tensor.device)
 
 
+def all_gather_rows(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Rows of every rank joined in rank order, on every rank: one exchange for all tensors.
+
+    Args:
+        tensors: `[B_r, ...]` each, with as many rows as this rank has; B_r may differ between ranks and may be 0.
+    """
+    if not is_distributed():
+        return list(tensors)
+    # Bytes travel, so that tensors of any type share a message, bool and float64 included.
+    rows = [_row_bytes(tensor) for tensor in tensors]
+    whole = torch.cat(_gather_ragged(torch.cat(rows, dim=1)))
+    columns = whole.split([part.shape[1] for part in rows], dim=1)
+    return [_rows_from_bytes(column, like) for column, like in zip(columns, tensors, strict=True)]
+
+
 def all_gather_objects(value) -> list:
-    """One picklable value per rank, in rank order, on every rank. The peers are our own processes."""
+    """One value that JSON knows per rank, in rank order, on every rank; a tuple comes back as a list."""
     if not is_distributed():
         return [value]
-    values = [None] * world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def all_gather_rows(rows: Tensor) -> Tensor:
-    """Rows `[B_r, ...]` of every rank joined in rank order, on every rank; B_r may differ and may be 0."""
-    if not is_distributed():
-        return rows
-    counts = all_gather_objects(rows.shape[0])
-    padded = rows.new_zeros(max(counts), *rows.shape[1:])
-    padded[: rows.shape[0]] = rows
-    # Bytes travel, so that bool and float64 need no backend support.
-    wire = padded.to(_device()).contiguous().view(torch.uint8) if padded.numel() else padded.to(_device())
-    parts = [torch.empty_like(wire) for _ in counts]
-    if wire.numel():
-        dist.all_gather(parts, wire)
-    whole = [part.view(rows.dtype).to(rows.device)[:n] for part, n in zip(parts, counts, strict=True)]
-    return torch.cat(whole)
+    message = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    return [json.loads(part.cpu().numpy().tobytes()) for part in _gather_ragged(message.to(_device())[:, None])]
 
 
 def broadcast_object(value, source: int = 0):
-    """`value` of rank `source`, on every rank."""
-    if not is_distributed():
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=source)
-    return box[0]
+    """`value` of rank `source`, on every rank. Small ones: it travels as one gathered value among Nones."""
+    return all_gather_objects(value if rank() == source else None)[source]
+
+
+def _gather_ragged(rows: Tensor) -> list[Tensor]:
+    """`[B_r, N]` of every rank, in rank order; B_r may differ, so the counts travel first and padding with the rest."""
+    counts = _gather(torch.tensor([len(rows)], device=rows.device))[:, 0].tolist()
+    padded = torch.nn.functional.pad(rows, (0, 0, 0, max(counts) - len(rows)))
+    return [part[:n] for part, n in zip(_gather(padded), counts, strict=True)]
+
+
+def _gather(tensor: Tensor) -> Tensor:
+    """`[world, *tensor.shape]`, from tensors of one shape."""
+    whole = tensor.new_empty(world_size(), *tensor.shape)
+    if tensor.numel():
+        dist.all_gather(list(whole), tensor.contiguous())
+        traffic.count("gathered", whole, world_size())
+    return whole
+
+
+def _row_bytes(tensor: Tensor) -> Tensor:
+    """`[B, bytes of a row]` uint8, from `[B, ...]` of any type."""
+    flat = tensor.detach().to(_device()).reshape(len(tensor), math.prod(tensor.shape[1:]))
+    return flat.contiguous().view(torch.uint8)
+
+
+def _rows_from_bytes(rows: Tensor, like: Tensor) -> Tensor:
+    """The way back, `[B, ...]` with the type, trailing shape and device of `like`."""
+    aligned = rows.clone(memory_format=torch.contiguous_format)  # a column may begin between two numbers
+    return aligned.view(like.dtype).reshape(len(rows), *like.shape[1:]).to(like.device)
 
 
 def barrier() -> None:

@@ -62,6 +62,8 @@ OWNED_KEYS = {
 # follows the trained elements, up to 200 MB in float32: a full model still overlaps reduction and backward.
 LARGEST_AUTO_BUCKET = 50_000_000
 DEFAULT_SUB_GROUP = 1_000_000_000
+# Elements up to which a parameter stays whole on every rank whatever else is: norms and biases, but no matrix.
+SMALL_PARAMETER = 10_000
 
 
 def read_ds_config(path: str | Path) -> dict:
@@ -130,7 +132,9 @@ def check_ds_config(raw: dict) -> list[str]:
     return problems
 
 
-def resolve_ds_config(raw: dict, *, dtype: str, world_size: int, micro_batch: int, trainable_parameters: int) -> dict:
+def resolve_ds_config(
+    raw: dict, *, dtype: str, world_size: int, micro_batch: int, trainable_parameters: int, largest_adapter: int = 0
+) -> dict:
     """`raw` with every "auto" and every omission that matters here filled in.
 
     Args:
@@ -139,6 +143,7 @@ def resolve_ds_config(raw: dict, *, dtype: str, world_size: int, micro_batch: in
         world_size: ranks.
         micro_batch: most sequences of one forward of one rank. DeepSpeed reports with it, no result depends on it.
         trainable_parameters: elements that train, over all roles and ranks.
+        largest_adapter: elements of the largest matrix of an adapter; 0: there is none.
 
     Raises:
         RecipeError: everything in `raw` that contradicts these.
@@ -159,7 +164,7 @@ def resolve_ds_config(raw: dict, *, dtype: str, world_size: int, micro_batch: in
     config["gradient_clipping"] = 0.0
     problems += _resolve_dtype(config, dtype)
     if isinstance(config.get("zero_optimization", {}), dict):
-        problems += _resolve_zero(config, trainable_parameters)
+        problems += _resolve_zero(config, trainable_parameters, largest_adapter)
     left = _autos(config)
     if left:
         problems.append(f'no value is known for "auto" at {", ".join(left)}; write a number or leave the key out')
@@ -187,15 +192,17 @@ def _resolve_dtype(config: dict, dtype: str) -> list[str]:
     return problems
 
 
-def _resolve_zero(config: dict, trainable_parameters: int) -> list[str]:
+def _resolve_zero(config: dict, trainable_parameters: int, largest_adapter: int) -> list[str]:
     zero = config.setdefault("zero_optimization", {})
     stage = zero.setdefault("stage", 0)
     bucket = max(1, min(trainable_parameters, LARGEST_AUTO_BUCKET))
     for key in ("reduce_bucket_size", "allgather_bucket_size"):
         if zero.get(key, "auto") == "auto":
             zero[key] = bucket
-    # These walk over frozen weights too, and are limits, not allocations: "auto" is DeepSpeed's own default.
-    for key, value in (("prefetch_bucket_size", 50_000_000), ("param_persistence_threshold", 100_000)):
+    # These walk over frozen weights too, and are limits, not allocations: to fetch ahead, DeepSpeed's own default.
+    # An adapter that is whole on every rank isn't gathered in each forward, and its layer can be fused (fused_lora).
+    whole = max(SMALL_PARAMETER, largest_adapter)
+    for key, value in (("prefetch_bucket_size", 50_000_000), ("param_persistence_threshold", whole)):
         for name in (key, f"stage3_{key}"):
             if zero.get(name) == "auto":
                 zero[name] = value

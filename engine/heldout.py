@@ -12,7 +12,7 @@ from engine import dist
 from engine.advantages import ScoreCombiner
 from engine.batch import Prompts, map_rows
 from engine.config import Recipe
-from engine.evaluation import evaluate
+from engine.evaluation import evaluate, score
 from engine.hybrid_engine import HybridEngine
 from engine.metrics import Metrics
 from engine.randomness import Stream
@@ -53,13 +53,15 @@ class HeldOut:
         """A collective; every rank gets the whole."""
         recipe = self.recipe
         with engine.generation() as actor:
+            idle = engine.idle_pass
             rollout = generate(
-                actor, self.prompts, recipe.generation, self.stops, recipe.seed, stream=Stream.EVALUATION
+                actor, self.prompts, recipe.generation, self.stops, recipe.seed, stream=Stream.EVALUATION, idle=idle
             )
         texts = Texts.of(self.prompts, rollout, self.tokenizer, recipe.generation.stop_strings)
         with engine.inference():
-            evaluation = evaluate(engine, sources, rollout, texts, recipe.kl, recipe.ppo.micro_batch_sequences)
-        rollout, evaluation = (map_rows(record, dist.all_gather_rows) for record in (rollout, evaluation))
+            source_scores = score(sources, rollout, texts)
+            rollout = map_rows(rollout, dist.all_gather_rows)
+            evaluation = evaluate(engine, rollout, source_scores, recipe)
         prompts = [text for part in dist.all_gather_objects(texts.prompts) for text in part]
         responses = [text for part in dist.all_gather_objects(texts.responses) for text in part]
         scores = ScoreCombiner(recipe).raw(evaluation)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from engine import dist, models, zero
+from engine import device_memory, dist, fused_lora, models, zero
 from engine.batch import Rollout, length_mask
 from engine.config import ModelConfig, OptimizerSettings, Recipe, steps_per_iteration
 from engine.ds_config import read_ds_config, resolve_ds_config
@@ -63,7 +63,7 @@ class HybridEngine:
         critic: ValueModel | None = None,
         reference: ReferenceModel | None = None,
     ):
-        self.roles, self.critic = roles, critic
+        self.recipe, self.roles, self.critic = recipe, roles, critic
         settings = {ACTOR: recipe.actor.optimizer, CRITIC: recipe.critic.optimizer}
         steps = steps_per_iteration(recipe)
         learning = {ACTOR: recipe.iterations - recipe.critic.warmup_iterations, CRITIC: recipe.iterations}
@@ -72,11 +72,14 @@ class HybridEngine:
         self.replica = Replica(roles)
         self.engine = _trained(roles, (ACTOR, CRITIC) if critic is None else (ACTOR,), recipe)
         self.critic_engine = self.engine if critic is None else _trained(critic, (CRITIC,), recipe)
-        self.reference = None
+        self.reference = self.reference_logits = None
         if reference is not None:
             dtype = models.DTYPES[recipe.model.dtype]
             offload = recipe.reference.offload_param == "cpu"
             self.reference = zero.FrozenEngine(reference, dtype, offload_to_cpu=offload)
+            if recipe.kl.estimator == "full":
+                with torch.no_grad(), zero.gathered(reference.head.parameters()):
+                    self.reference_logits = reference.head.whole_copy()
 
     @classmethod
     def load(cls, recipe: Recipe) -> HybridEngine:
@@ -121,13 +124,41 @@ class HybridEngine:
 
     @contextmanager
     def generation(self) -> Iterator[PreTrainedModel]:
-        """Inside, the actor as a plain module on every rank: no hook, no collective. Its weights go at the end."""
-        module = self.replica.fill()
+        """Inside, the actor as a plain module on every rank, without DeepSpeed's hooks. Its weights go at the end.
+
+        No forward is a collective, unless `idle_pass` is something: then each of them is.
+        """
         try:
+            module = self.replica.fill(self._gather_budget_bytes())
             with torch.inference_mode():
                 yield module
         finally:
             self.replica.free()
+
+    @property
+    def idle_pass(self) -> Callable[[], None] | None:
+        """Inside `generation`, where weights are fetched in every forward: what a rank without rows calls instead."""
+        return self.replica.idle_pass
+
+    def _gather_budget_bytes(self) -> int | None:
+        """How many bytes of weights stay whole while decoding, None: all. The same number on every rank (a collective).
+
+        `auto` is what nine tenths of the free memory hold beside a full KV cache and twice the largest group: one in
+        use, one in flight. The last tenth is for activations and logits.
+        """
+        settings = self.recipe.generation
+        if self.engine.stage != 3:
+            return None  # no weight is cut
+        if settings.gather_budget_bytes != "auto":
+            return settings.gather_budget_bytes
+        columns = self.recipe.data.max_prompt_tokens + settings.max_new_tokens
+        causal, dtype = self.roles.causal, models.DTYPES[self.recipe.model.dtype]
+        cache = device_memory.kv_cache_bytes(causal.config, settings.max_concurrent_sequences, columns, dtype)
+        free = device_memory.free_bytes(self.device, zero.local_ranks())
+        room = free * 9 // 10 - cache - 2 * self.replica.largest_group_bytes
+        if self.device.type == "cpu":
+            room //= 2  # the sampler packs a copy of weights that stay: engine/packed_linear.py
+        return max(0, int(dist.all_reduce(torch.tensor(room), "min")))
 
     @contextmanager
     def inference(self) -> Iterator[None]:
@@ -135,7 +166,16 @@ class HybridEngine:
         with torch.no_grad():
             yield
 
-    def forward(self, rollout: Rollout, rows: Tensor, *, values: bool = False, **wanted: bool) -> RolesOutput:
+    def forward(
+        self,
+        rollout: Rollout,
+        rows: Tensor,
+        *,
+        values: bool = False,
+        ref_logprobs: bool = False,
+        full_kl: bool = False,
+        **wanted: bool,
+    ) -> RolesOutput:
         """The roles' outputs at the response tokens of some rows, `[len(rows), R]` over the rollout's full width.
 
         Every rank must call it equally often (ZeRO-3 fetches weights in it); a rank without rows passes none and
@@ -143,16 +183,19 @@ class HybridEngine:
 
         Args:
             rows: int64 indices; empty is fine.
-            values: also V, wherever the critic lives.
-            wanted: `ref_logprobs`, `full_kl`, `entropy_grad` as for `RolesModel.outputs`.
+            values, ref_logprobs, full_kl: wherever the critic and the reference live.
+            wanted: `logprobs`, `entropy` and `entropy_grad`, as for `RolesModel.outputs`.
         """
         layout = self._layout(rollout, rows)
-        ref_logits = None
-        if self.reference is not None and (wanted.get("ref_logprobs") or wanted.get("full_kl")):
-            ref_logits = self.reference(layout)
-        shared = values and self.critic is None
-        output = self.engine(self.roles.outputs, layout, values=shared, ref_logits=ref_logits, **wanted)
-        if values and not shared:
+        wanted |= {"values": values and self.critic is None, "full_kl": full_kl}
+        # Of a reference of its own, full KL takes all logits, which the actor's head computes beside its own.
+        apart = self.reference is not None and not full_kl
+        if self.reference is not None and full_kl:
+            wanted["reference"] = self.reference(layout, as_hidden=True), self.reference_logits
+        output = self.engine(self.roles.outputs, layout, ref_logprobs=ref_logprobs and not apart, **wanted)
+        if ref_logprobs and apart:
+            output = replace(output, ref_logprobs=self.reference(layout))
+        if values and self.critic is not None:
             output = replace(output, values=self.critic_engine(layout))
         width = rollout.response_ids.shape[1]
 
@@ -256,5 +299,8 @@ def _trained(module: RolesModel | ValueModel, roles: tuple[str, ...], recipe: Re
         world_size=dist.world_size(),
         micro_batch=recipe.ppo.micro_batch_sequences,
         trainable_parameters=sum(zero.elements(p) for group in groups for p in group.parameters),
+        largest_adapter=max(map(zero.elements, fused_lora.matrices(module)), default=0),
     )
-    return zero.TrainedEngine(module, groups, ds_config)
+    engine = zero.TrainedEngine(module, groups, ds_config, recipe.zero.offload_activations)
+    fused_lora.fuse(module, zero.stays_whole)
+    return engine

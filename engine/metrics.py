@@ -7,38 +7,48 @@ import math
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from engine import dist, ppo
+from engine import dist, ppo, traffic
 from engine.batch import Experience, UpdateStats
 
 Metrics = dict[str, float]
 
 
 class PhaseClock:
-    """Wall and process seconds of the phases of one iteration."""
+    """What the phases of one iteration cost this rank: seconds, and the bytes of its collectives."""
 
     def __init__(self):
-        self.wall: dict[str, float] = {}
-        self.cpu: dict[str, float] = {}
-        self.start = time.perf_counter()
+        self.spent: Counter = Counter()
+        self.start = _meters()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        wall, cpu = time.perf_counter(), time.process_time()
+        before = _meters()
         yield
-        self.wall[name] = self.wall.get(name, 0.0) + time.perf_counter() - wall
-        self.cpu[name] = self.cpu.get(name, 0.0) + time.process_time() - cpu
+        self.spent.update({key.format(f"{name}_"): value - before[key] for key, value in _meters().items()})
 
     def metrics(self) -> Metrics:
-        found = {f"time/{name}_seconds": seconds for name, seconds in self.wall.items()}
-        found["time/iteration_seconds"] = time.perf_counter() - self.start
-        return found | {f"cpu/{name}_seconds": seconds for name, seconds in self.cpu.items()}
+        """Each phase, and the whole iteration so far: its wall time and its bytes."""
+        whole = {key: value - self.start[key] for key, value in _meters().items()}
+        found = {key.format(""): value for key, value in whole.items() if key.startswith("comm/")}
+        return {**self.spent, **found, "time/iteration_seconds": whole[_WALL]}
+
+
+_WALL = "time/{}seconds"
+
+
+def _meters() -> dict[str, float]:
+    """What only ever grows, by the metric's name with room for the phase's."""
+    meters = {_WALL: time.perf_counter(), "cpu/{}seconds": time.process_time()}
+    return meters | {f"comm/{{}}{kind}_bytes": count for kind, count in traffic.received.items()}
 
 
 def rollout_metrics(experience: Experience, raw_scores: Tensor, source_names: list[str]) -> Metrics:
@@ -60,9 +70,6 @@ def rollout_metrics(experience: Experience, raw_scores: Tensor, source_names: li
         "rollout/response_tokens_mean": rollout.response_lengths.float().mean().item(),
         "rollout/eos_fraction": rollout.ended.float().mean().item(),
         "rollout/tokens": tokens,
-        "rollout/train_kl": ppo.masked_mean(
-            ppo.kl_estimate(rollout.sampler_logprobs, evaluation.old_logprobs, "k3"), mask
-        ).item(),
     }
     for name, column in zip(source_names, evaluation.source_scores.unbind(1), strict=True):
         found[f"score/{name}/mean"] = column.mean().item()
@@ -81,6 +88,9 @@ def update_metrics(stats: UpdateStats) -> Metrics:
         "policy/approx_kl": sums["policy/approx_kl_sum"] / tokens,
         "policy/entropy": sums["entropy_sum"] / tokens,
         "policy/first_ratio_deviation": stats.first_ratio_deviation,
+        "policy/importance_weight": sums["importance/weight_sum"] / tokens,
+        "policy/importance_capped_fraction": sums["importance/capped"] / tokens,
+        "rollout/train_kl": stats.sampler_kl,
         "value/loss": sums["value/loss_sum"] / tokens,
         "value/clip_fraction": sums["value/clipped"] / tokens,
         "kl/loss": sums["kl_loss/loss_sum"] / tokens,
@@ -95,11 +105,18 @@ def update_metrics(stats: UpdateStats) -> Metrics:
     return found
 
 
+def padding_fraction(experience: Experience, stats: UpdateStats) -> float:
+    """The padding among all tokens that the forwards of inference and training laid out, each counted once."""
+    rollout, padded_lengths = experience.rollout, experience.evaluation.padded_lengths
+    real = (rollout.prompt_lengths + rollout.response_lengths).sum().item() + stats.real_tokens
+    return 1 - real / (padded_lengths.sum().item() + stats.padded_tokens)
+
+
 def memory_metrics() -> Metrics:
     """The largest resident memory of any rank so far."""
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage: kilobytes, but bytes on macOS
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return {"memory/rss_peak_bytes": max(dist.all_gather_objects(peak))}
+    return {"memory/rss_peak_bytes": dist.all_reduce(torch.tensor(float(peak), dtype=torch.float64), "max").item()}
 
 
 class MetricSinks:

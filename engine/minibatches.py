@@ -1,4 +1,8 @@
-"""Which sequences form a minibatch, and how one is cut into forwards: the result depends on neither ranks nor cuts."""
+"""Which sequences form a minibatch, which rank takes which of them, and how they are cut into forwards.
+
+The result of an update depends on the first alone. Lengths are `[B, S]` tokens of a row's S segments: a forward pads
+each segment to its longest one, so prompts padded on the left and responses padded on the right are two segments.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,8 @@ import torch
 from torch import Tensor
 
 from engine import dist
+from engine.batch import Rollout
+from engine.config import PPOConfig
 from engine.randomness import Stream, generator
 
 
@@ -19,17 +25,75 @@ def minibatch_rows(seed: int, iteration: int, epoch: int, rows: int, minibatch_s
     return list(torch.from_numpy(order).split(minibatch_sequences))
 
 
-def rows_of_rank(rows: Tensor, rank: int, world_size: int) -> Tensor:
-    """This rank's contiguous part of `rows`; parts differ by at most one row."""
-    return rows.tensor_split(world_size)[rank]
+def segment_lengths(rollout: Rollout) -> Tensor:
+    """`[B, 2]` tokens of prompt and response, the two segments of `HybridEngine.forward`."""
+    return torch.stack([rollout.prompt_lengths, rollout.response_lengths], dim=1)
 
 
-def micro_batches(rows: Tensor, micro_batch_sequences: int) -> list[Tensor]:
-    """`rows` cut into forwards, as many on every rank (a collective): ZeRO-3 hangs when one rank runs fewer.
+def padded_tokens(rows: Tensor, lengths: Tensor) -> int:
+    """Tokens of one forward of `rows`, padding included. Without rows 0: the made-up one is not counted."""
+    return len(rows) * int(lengths[rows].amax(0).sum()) if len(rows) else 0
 
-    A rank with fewer rows gets empty micro-batches at the end.
+
+def deal(rows: Tensor, lengths: Tensor, settings: PPOConfig, world_size: int) -> list[list[Tensor]]:
+    """For each rank the forwards that it runs, as many on every rank: ZeRO-3 hangs when one runs fewer.
+
+    Every rank works out the plan of all from the same lengths: nothing is exchanged.
+
+    Args:
+        rows: int64 indices into `lengths`; each lands in exactly one forward.
     """
-    needed = -(-len(rows) // micro_batch_sequences)
-    count = max(1, int(dist.all_reduce(torch.tensor(needed), "max")))
-    parts = list(rows.split(micro_batch_sequences)) if len(rows) else []
-    return parts + [rows[:0]] * (count - len(parts))
+    if settings.tokens_per_micro_batch is None:
+        shares = list(rows.tensor_split(world_size))
+    else:
+        shares = balanced_shares(rows, lengths[rows].sum(1), world_size)
+    parts = [_cut(share, lengths, settings) for share in shares]
+    most = max(map(len, parts))
+    return [_split_into(most, own, lengths) for own in parts]
+
+
+def micro_batches(lengths: Tensor, settings: PPOConfig) -> list[Tensor]:
+    """This rank's own rows cut into forwards, as many on every rank (a collective)."""
+    parts = _cut(torch.arange(len(lengths)), lengths, settings)
+    return _split_into(int(dist.all_reduce(torch.tensor(len(parts)), "max")), parts, lengths)
+
+
+def balanced_shares(rows: Tensor, work: Tensor, world_size: int) -> list[Tensor]:
+    """`rows` dealt to ranks, the longest first, each to the rank that has least so far (Graham 1969: LPT).
+
+    The largest share is at most the mean plus one row's work.
+
+    Args:
+        work: `[len(rows)]`, here a sequence's real tokens: a forward's matrix products grow with them.
+    """
+    shares: list[list[int]] = [[] for _ in range(world_size)]
+    loads = [0] * world_size
+    for index in work.argsort(descending=True, stable=True).tolist():
+        least = loads.index(min(loads))
+        shares[least].append(index)
+        loads[least] += int(work[index])
+    return [rows[torch.tensor(share, dtype=torch.int64)] for share in shares]
+
+
+def _cut(rows: Tensor, lengths: Tensor, settings: PPOConfig) -> list[Tensor]:
+    """One rank's rows as forwards, in order, or the longest first where tokens are counted; at least one, if empty."""
+    budget = settings.tokens_per_micro_batch
+    if budget is None:
+        return list(rows.split(settings.micro_batch_sequences))
+    rows = rows[lengths[rows].sum(1).argsort(descending=True, stable=True)]
+    parts, start = [], 0
+    for end in range(1, len(rows)):
+        if padded_tokens(rows[start : end + 1], lengths) > budget:
+            parts.append(rows[start:end])
+            start = end
+    return [*parts, rows[start:]]
+
+
+def _split_into(count: int, parts: list[Tensor], lengths: Tensor) -> list[Tensor]:
+    """`parts` with the largest halved until there are `count`; empty ones only where every row stands alone."""
+    parts = list(parts)
+    while len(parts) < count:
+        sizes = [padded_tokens(rows, lengths) if len(rows) > 1 else 0 for rows in parts]
+        largest = sizes.index(max(sizes))
+        parts[largest : largest + 1] = parts[largest].tensor_split(2)
+    return parts

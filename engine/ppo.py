@@ -143,6 +143,7 @@ def policy_loss(
     clip_ratio: float,
     denominator: float | Tensor | None = None,
     dual_clip: float | None = None,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Stats]:
     """Clipped surrogate (Schulman et al. 2017, eq. 7), as a loss: max(-A ratio, -A clip(ratio, 1 -+ clip_ratio)).
 
@@ -152,6 +153,7 @@ def policy_loss(
         logprobs, old_logprobs, advantages, mask: `[B, T]`.
         denominator: what the sum over real tokens is divided by; None: the number of real tokens here.
         dual_clip: above 1; None: off.
+        weights: `[B, T]` factors on each token's loss, from `importance_weights`; no gradient flows into them.
 
     Returns:
         loss, and stats: `loss_sum`; `clipped` and `dual_clipped`, tokens at which that bound decides;
@@ -162,8 +164,7 @@ def policy_loss(
     if dual_clip is not None and dual_clip <= 1:
         raise ValueError(f"dual_clip must be above 1, got {dual_clip}; None turns it off")
     logprobs, old_logprobs, advantages = _real(mask, logprobs, old_logprobs, advantages)
-    log_ratio = logprobs - old_logprobs
-    ratio = log_ratio.exp()
+    ratio = (logprobs - old_logprobs).exp()
     unclipped = -advantages * ratio
     bounded = -advantages * ratio.clamp(1 - clip_ratio, 1 + clip_ratio)
     losses = torch.maximum(unclipped, bounded)
@@ -174,13 +175,42 @@ def policy_loss(
         losses = torch.where(dual_clipped, ceiling, losses)
     # An overflowed ratio can hide behind a bound: finite loss, nan gradient (0 * inf). This makes the loss nan as well.
     losses = losses + 0 * ratio.detach()
-    stats = {
-        "clipped": (bounded > unclipped).sum(),
-        "dual_clipped": dual_clipped.sum(),
-        "approx_kl_sum": (torch.expm1(log_ratio) - log_ratio).sum(),
-        "ratio_deviation_max": pad((ratio - 1).abs().flatten(), (0, 1)).max(),
+    if weights is not None:
+        (weights,) = _real(mask, weights.detach())
+        losses = weights * losses
+    stats = {"clipped": (bounded > unclipped).sum(), "dual_clipped": dual_clipped.sum()}
+    return _loss_and_stats(losses, mask, denominator, stats | ratio_stats(logprobs, old_logprobs, mask))
+
+
+def ratio_stats(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Stats:
+    """How far one policy is from the other that sampled, by `[B, T]` log-probs of its tokens.
+
+    Returns:
+        `approx_kl_sum` of (ratio - 1) - log ratio; `ratio_deviation_max`, the largest |ratio - 1|.
+    """
+    logprobs, old_logprobs = _real(mask, logprobs.detach(), old_logprobs.detach())
+    log_ratio = logprobs - old_logprobs
+    difference = torch.expm1(log_ratio)
+    return {
+        "approx_kl_sum": (difference - log_ratio).sum(),
+        "ratio_deviation_max": pad(difference.abs().flatten(), (0, 1)).max(),
     }
-    return _loss_and_stats(losses, mask, denominator, stats)
+
+
+def importance_weights(old_logprobs: Tensor, sampler_logprobs: Tensor, cap: float) -> Tensor:
+    """`[...]`: min(pi / mu, cap) of tokens that mu sampled for an update that takes them for pi's.
+
+    Truncated importance sampling: what V-trace calls rho (Espeholt et al. 2018, IMPALA, eq. 1), here between the
+    trainer's weights and the same weights as the sampler computes with them (Yao et al. 2025, "Your efficient RL
+    framework secretly brings you off-policy RL training"). The cap bounds the variance and biases towards mu.
+
+    Args:
+        old_logprobs, sampler_logprobs: log pi and log mu, any one shape.
+        cap: above 0.
+    """
+    if cap <= 0:
+        raise ValueError(f"cap must be above 0, got {cap}")
+    return (_wide(old_logprobs) - _wide(sampler_logprobs)).detach().exp().clamp(max=cap)
 
 
 def value_loss(

@@ -1,4 +1,4 @@
-"""The generation module: a plain copy of the policy, whole on every rank, without a single DeepSpeed hook.
+"""The generation module: a plain copy of the policy, on every rank, without a single DeepSpeed hook.
 
 DeepSpeed's hooks, not the gathering, are what makes generation through a ZeRO-3 engine slow, so the copy is a module
 of its own. In float32 the actor's adapter is merged into the weights; in 16 bit, over quantized weights and with DoRA
@@ -8,8 +8,7 @@ it stays apart: merging would round most of a young adapter away (the sampler wo
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
 import torch
 from bitsandbytes.nn import Linear8bitLt
@@ -18,43 +17,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from engine import adapters, zero
+from engine import adapters
 from engine.roles import ACTOR, RolesModel
-
-GATHER_ELEMENTS = 50_000_000
-"""Most elements gathered at once on the way into the replica."""
-
-# How to unpack a 4-bit weight: bitsandbytes keeps it on the parameter.
-PACKING = ("quant_state", "blocksize", "compress_statistics", "quant_type", "quant_storage", "bnb_quantized")
-
-
-@dataclass
-class _Weight:
-    """One weight of the replica: where it comes from, and every place where it goes (tied weights have two)."""
-
-    source: nn.Parameter
-    merge: BaseTunerLayer | None  # the LoRA layer whose update is added
-    places: list[tuple[nn.Module, str]] = field(default_factory=list)
-
-    @property
-    def needed(self) -> list[nn.Parameter]:
-        """What must be whole to read it."""
-        if self.merge is None:
-            return [self.source]
-        return [self.source, self.merge.lora_A[ACTOR].weight, self.merge.lora_B[ACTOR].weight]
-
-    def read(self) -> nn.Parameter:
-        data = self.source.data
-        if self.merge is not None:
-            data = data + self.merge.get_delta_weight(ACTOR)
-        elif hasattr(self.source, "ds_id"):
-            data = data.clone()  # the gathered tensor goes; a weight that ZeRO left whole is shared
-        if not hasattr(self.source, "quant_state"):
-            return nn.Parameter(data, requires_grad=False)
-        packed = torch.Tensor._make_subclass(type(self.source), data, False)
-        for name in PACKING:
-            setattr(packed, name, getattr(self.source, name))
-        return packed
+from engine.weight_groups import Visits, Weight, grouped, put, split
 
 
 class Replica:
@@ -68,19 +33,44 @@ class Replica:
         self.roles = roles
         self.merged = _can_merge(roles)
         self.module, self.weights = _skeleton(roles.causal, self.merged)
+        self.groups = grouped(self.module, self.weights)
+        self.visits: Visits | None = None
+        self.resident_fraction = 1.0  # of the weights' bytes, as last filled
 
-    def fill(self) -> PreTrainedModel:
-        """Gather the weights (a collective) and return the module, ready to sample."""
-        for chunk in _chunks(self.weights):
-            with torch.no_grad(), zero.gathered(p for weight in chunk for p in weight.needed):
-                for weight in chunk:
-                    _place(weight, weight.read())
+    def fill(self, budget_bytes: int | None = None) -> PreTrainedModel:
+        """Gather the weights (a collective) and return the module, ready to sample.
+
+        Args:
+            budget_bytes: how many bytes of weights stay; None: all, and the module has no hook. The rest are fetched
+                in every forward: at most twice the largest group more, and then each forward is a collective.
+        """
+        staying, fetched = split(self.groups, budget_bytes)
+        resident = sum(group.gathered_bytes for group in staying)
+        self.resident_fraction = resident / sum(weight.gathered_bytes for weight in self.weights)
+        with torch.no_grad():
+            for group in staying:
+                group.arrive(group.fetch())
+        if fetched:
+            self.visits = Visits(self.module, fetched)
         return self.module
 
+    @property
+    def largest_group_bytes(self) -> int:
+        """What is gathered at once while decoding, at most: twice it with the group that is on its way."""
+        return max(group.gathered_bytes for group in self.groups)
+
+    @property
+    def idle_pass(self) -> Callable[[], None] | None:
+        """Where weights are fetched while decoding: keeps step with another rank's forward, without one."""
+        return None if self.visits is None else self.visits.idle_pass
+
     def free(self) -> None:
-        """Drop the weights."""
+        """Drop the weights, in the middle of a forward too."""
+        if self.visits is not None:
+            self.visits.close()
+            self.visits = None
         for weight in self.weights:
-            _place(weight, nn.Parameter(torch.empty(0, device="meta"), requires_grad=False))
+            put(nn.Parameter(torch.empty(0, device="meta"), requires_grad=False), weight.places)
 
 
 def _can_merge(roles: RolesModel) -> bool:
@@ -89,7 +79,7 @@ def _can_merge(roles: RolesModel) -> bool:
     return plain and not getattr(config, "use_dora", False)
 
 
-def _skeleton(original: PreTrainedModel, merged: bool) -> tuple[PreTrainedModel, list[_Weight]]:
+def _skeleton(original: PreTrainedModel, merged: bool) -> tuple[PreTrainedModel, list[Weight]]:
     """The policy's structure with empty weights, and the list of what fills them."""
     empty = {id(p): nn.Parameter(torch.empty(0, device="meta"), requires_grad=False) for p in original.parameters()}
     keep = [p.quant_state for p in original.parameters() if getattr(p, "quant_state", None) is not None]
@@ -106,13 +96,13 @@ def _skeleton(original: PreTrainedModel, merged: bool) -> tuple[PreTrainedModel,
             merges[id(memo[id(part.base_layer)]), "weight"] = part
     module = _without_wrappers(module, merged)
     adapters.Switch(module).to(ACTOR)
-    weights: dict[tuple, _Weight] = {}
+    weights: dict[tuple, Weight] = {}
     for part in module.modules():
         for leaf, parameter in part._parameters.items():
             if parameter is not None and id(parameter) in sources:
                 merge = merges.get((id(part), leaf))
                 # A tied weight with an update on one side only is two weights.
-                weight = weights.setdefault((id(parameter), id(merge)), _Weight(sources[id(parameter)], merge))
+                weight = weights.setdefault((id(parameter), id(merge)), Weight(sources[id(parameter)], merge))
                 weight.places.append((part, leaf))
     # In train() mode, as what trains is: bitsandbytes' layers compute differently in eval(), and repack in place.
     return module.requires_grad_(False), list(weights.values())
@@ -134,21 +124,3 @@ def _without_wrappers(module: nn.Module, merged: bool) -> nn.Module:
             _without_wrappers(child, merged)
         module._modules[name] = child
     return module
-
-
-def _place(weight: _Weight, parameter: nn.Parameter) -> None:
-    for part, leaf in weight.places:
-        part._parameters[leaf] = parameter
-
-
-def _chunks(weights: list[_Weight]) -> Iterator[list[_Weight]]:
-    chunk, elements = [], 0
-    for weight in weights:
-        size = zero.elements(weight.source)
-        if chunk and elements + size > GATHER_ELEMENTS:
-            yield chunk
-            chunk, elements = [], 0
-        chunk.append(weight)
-        elements += size
-    if chunk:
-        yield chunk

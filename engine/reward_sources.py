@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from engine import dist, models, zero
 from engine.batch import Prompts, Rollout, length_mask
-from engine.config import Recipe, RewardConfig, locate
+from engine.config import PPOConfig, Recipe, RewardConfig, locate
 from engine.errors import RunError
 from engine.hybrid_engine import HybridEngine
-from engine.minibatches import micro_batches
+from engine.minibatches import micro_batches, segment_lengths
 from engine.plugins import line_of, load_function
 from engine.reward_text import RewardText, other_tokenizer
 from engine.roles import reward_role
@@ -95,7 +95,7 @@ class RewardModel:
 
     def __init__(self, config: RewardConfig, recipe: Recipe, tokenizer: PreTrainedTokenizerBase):
         self.name = config.label
-        self.micro_batch_sequences = recipe.ppo.micro_batch_sequences
+        self.settings = recipe.ppo
         self.messages_column = recipe.data.messages_column
         dtype, trust = recipe.model.dtype, recipe.model.trust_remote_code
         offload = config.offload_param == "cpu"
@@ -110,14 +110,18 @@ class RewardModel:
         self.engine = zero.FrozenEngine(_Scorer(model), models.DTYPES[dtype], offload_to_cpu=offload)
 
     def score(self, rollout: Rollout, texts: Texts) -> Tensor:
-        ids, mask = (rollout.sequences, rollout.sequence_mask) if self.text is None else self._read(rollout, texts)
-        return _in_micro_batches(self._forward, ids, mask, self.micro_batch_sequences)
+        if self.text is None:
+            ids, mask, lengths = rollout.sequences, rollout.sequence_mask, segment_lengths(rollout)
+        else:
+            ids, lengths = self._read(rollout, texts)
+            mask = length_mask(lengths[:, 0], ids.shape[1])
+        return _in_micro_batches(self._forward, ids, mask, lengths, self.settings)
 
     def _forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         return self.engine(ids.to(self.engine.device), mask.to(self.engine.device))
 
     def _read(self, rollout: Rollout, texts: Texts) -> tuple[Tensor, Tensor]:
-        """`[B, L]` ids of the texts in the model's own tokens, padded on the right, and their mask; a collective.
+        """`[B, L]` ids of the texts in the model's own tokens, padded on the right, `[B, 1]` lengths; a collective.
 
         Raises:
             RunError: on every rank, when a text of any of them can't be read.
@@ -139,7 +143,7 @@ class RewardModel:
         for row, of_row in enumerate(rows):
             ids[row, : len(of_row)] = torch.tensor(of_row)
         self._warn_of_cuts(sum(len(part) < len(all_) for part, all_ in zip(rows, whole, strict=True)))
-        return ids, length_mask(lengths, ids.shape[1])
+        return ids, lengths[:, None]
 
     def _warn_of_cuts(self, mine: int) -> None:
         """A collective: only rank 0 speaks."""
@@ -157,11 +161,11 @@ class RewardModel:
 
 
 def _in_micro_batches(
-    forward: Callable[[Tensor, Tensor], Tensor], ids: Tensor, mask: Tensor, micro_batch_sequences: int
+    forward: Callable[[Tensor, Tensor], Tensor], ids: Tensor, mask: Tensor, lengths: Tensor, settings: PPOConfig
 ) -> Tensor:
-    """`[B]` float32 scores of this rank's rows; every rank makes as many forwards."""
+    """`[B]` float32 scores of this rank's rows; every rank makes as many forwards. `lengths` as in minibatches.py."""
     scores = torch.zeros(len(ids))
-    for rows in micro_batches(torch.arange(len(ids)), micro_batch_sequences):
+    for rows in micro_batches(lengths, settings):
         if len(rows):
             some, real = ids[rows], mask[rows]
         else:  # this rank has run out of rows; the weights are fetched all the same
@@ -227,13 +231,14 @@ class RewardAdapter:
     def __init__(self, index: int, recipe: Recipe, engine: HybridEngine):
         self.name = recipe.rewards[index].label
         self.role, self.engine = reward_role(index), engine
-        self.micro_batch_sequences = recipe.ppo.micro_batch_sequences
+        self.settings = recipe.ppo
 
     def score(self, rollout: Rollout, texts: Texts) -> Tensor:
         def forward(ids: Tensor, mask: Tensor) -> Tensor:
             return self.engine.scores(self.role, ids, mask)
 
-        return _in_micro_batches(forward, rollout.sequences, rollout.sequence_mask, self.micro_batch_sequences)
+        lengths = segment_lengths(rollout)
+        return _in_micro_batches(forward, rollout.sequences, rollout.sequence_mask, lengths, self.settings)
 
     def close(self) -> None:
         pass

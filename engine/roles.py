@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from engine import adapters, causal, ppo
+from engine import adapters, causal
 from engine.config import CriticConfig, Recipe
 from engine.scoring import last_positions
+from engine.vocabulary_head import Asked, Logits, VocabularyHead
 
 ACTOR, CRITIC, REFERENCE = "actor", "critic", "reference"
 
@@ -30,8 +32,8 @@ def reward_role(index: int) -> str:
 class Layout:
     """Sequences as one forward sees them: prompts padded on the left, responses on the right.
 
-    Response positions are then one contiguous run for every row, so a model's own `logits_to_keep` yields exactly
-    the logits needed, with whatever capping, scaling or bias the family applies to them.
+    What a backbone says of them, `[B, P + R, H]`, is then cut down to the N real response tokens: padding costs nothing
+    from there on.
     """
 
     sequences: Tensor  # [B, P + R] int64
@@ -39,19 +41,35 @@ class Layout:
     response_width: int  # R
 
     @property
-    def response_ids(self) -> Tensor:
-        return self.sequences[:, -self.response_width :]
+    def response_mask(self) -> Tensor:
+        return self.mask[:, -self.response_width :]
+
+    @property
+    def tokens(self) -> Tensor:
+        """`[N]` ids."""
+        return self.sequences[:, -self.response_width :][self.response_mask]
+
+    def before(self, hidden: Tensor) -> Tensor:
+        """`[N, H]` from one position before each token: what predicts it, and what V is read from.
+
+        After it V would have seen the action.
+        """
+        return hidden[:, -self.response_width - 1 : -1][self.response_mask]
+
+    def spread(self, values: Tensor) -> Tensor:
+        """`[B, R]` from `[N]`, padding 0."""
+        return values.new_zeros(self.response_mask.shape).masked_scatter(self.response_mask, values)
 
 
 @dataclass(frozen=True)
 class RolesOutput:
-    """Per response token; padding holds whatever the model made of it."""
+    """`[B, R]` float32 each, padding 0; None where it wasn't asked for."""
 
-    logprobs: Tensor  # [B, R] float32, of the temperature-scaled full softmax
-    entropy: Tensor  # [B, R] float32
-    ref_logprobs: Tensor | None  # [B, R] float32, when asked for
-    full_kl: Tensor | None  # [B, R] float32, KL(policy || reference) over the vocabulary, when asked for
-    values: Tensor | None  # [B, R] float32, V read before response token t, when asked for
+    logprobs: Tensor | None = None  # of the temperature-scaled full softmax
+    entropy: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    full_kl: Tensor | None = None  # KL(policy || reference) over the vocabulary
+    values: Tensor | None = None  # V read before response token t
 
 
 class RolesModel(nn.Module):
@@ -74,7 +92,9 @@ class RolesModel(nn.Module):
         sources = named_adapters(recipe) if sources is None else sources
         rewards = {role: saved for role, saved in sources.items() if role not in (ACTOR, CRITIC, REFERENCE)}
         self.policy = adapters.attach(base, sources)
-        self.switch = adapters.Switch(self.policy)
+        # After the policy, so that parameters go by the names that they have there.
+        self.head = VocabularyHead(self.causal, self.temperature)
+        self.switch = adapters.Switch(self.policy, self.head.copy)
         hidden_size = base.get_output_embeddings().in_features
         self.value_head = None
         if recipe.critic.home != "model":
@@ -141,45 +161,58 @@ class RolesModel(nn.Module):
         self,
         layout: Layout,
         *,
+        logprobs: bool = True,
+        entropy: bool = False,
+        entropy_grad: bool = False,
         values: bool = False,
         ref_logprobs: bool = False,
         full_kl: bool = False,
-        entropy_grad: bool = False,
-        ref_logits: Tensor | None = None,
+        reference: tuple[Tensor, Logits] | None = None,
     ) -> RolesOutput:
         """All roles in one forward, so that one joint backward reaches every trainable parameter.
 
         Args:
+            entropy_grad: a gradient flows through the entropy.
             values: from a critic that lives on the base; one of its own has its own forward.
-            ref_logits: `[B, R, V]` of a reference that lives elsewhere; None: it lives on the base.
+            reference: hidden states `[N, H]` and head of one that lives elsewhere; None: it lives on the base.
         """
-        on_trunk = values and self.critic.home == "trunk"
-        logits, hidden = response_logits(self.causal, layout, self.temperature, hidden=on_trunk)
-        chosen = layout.response_ids
-        with torch.set_grad_enabled(torch.is_grad_enabled() and entropy_grad):
-            entropy = ppo.entropy(logits)  # its graph holds two more [B, R, V]
-        ref = kl = None
-        if ref_logprobs or full_kl:
-            if ref_logits is None:
-                with torch.no_grad(), self.acting_as(REFERENCE):
-                    ref_logits, _ = response_logits(self.causal, layout, self.temperature)
-            ref = token_logprobs(ref_logits, chosen)
-            kl = ppo.full_kl(logits, ref_logits) if full_kl else None
-        return RolesOutput(
-            logprobs=token_logprobs(logits, chosen),
-            entropy=entropy,
-            ref_logprobs=ref,
-            full_kl=kl,
-            values=self._values(layout, hidden) if values else None,
-        )
+        speaks, on_trunk = logprobs or entropy or full_kl, values and self.critic.home == "trunk"
+        referred = ref_logprobs or full_kl
+        if referred and reference is None:
+            with torch.no_grad():
+                reference = self._before(REFERENCE, layout), partial(self._logits, REFERENCE)
+        hidden = self._before(ACTOR, layout) if speaks or on_trunk else None
+        found = {}
+        if speaks:
+            asked = Asked(layout.tokens, partial(self._logits, ACTOR), entropy, entropy_grad, full_kl)
+            if referred:
+                asked = replace(asked, ref_hidden=reference[0], ref_logits=reference[1])
+            found = self.head.measure(hidden, asked)
+        elif referred:
+            with torch.no_grad():
+                asked = Asked(layout.tokens, reference[1])
+                found["ref_logprobs"] = self.head.measure(reference[0], asked)["logprobs"]
+        if values:
+            found["values"] = self._values(layout, hidden if on_trunk else None)
+        return RolesOutput(**{name: layout.spread(value) for name, value in found.items()})
+
+    def _before(self, role: str, layout: Layout) -> Tensor:
+        """`[N, H]` a role's hidden states, one position before each response token."""
+        with self.acting_as(role):
+            return layout.before(hidden_states(self.causal, layout.sequences, layout.mask))
+
+    def _logits(self, role: str, hidden: Tensor) -> Tensor:
+        """`[n, V]` by a role's head: it may have an adapter too."""
+        with self.acting_as(role):
+            return self.head.logits(hidden)
 
     def _values(self, layout: Layout, trunk: Tensor | None) -> Tensor:
+        """`[N]`."""
         if trunk is None:
-            with self.acting_as(CRITIC):
-                trunk = hidden_states(self.causal, layout.sequences, layout.mask)
+            trunk = self._before(CRITIC, layout)
         elif self.critic.trunk_detach:
             trunk = trunk.detach()
-        return read_values(self.value_head, trunk, layout)
+        return read_values(self.value_head, trunk)
 
     def scores(self, role: str, ids: Tensor, mask: Tensor) -> Tensor:
         """`[B]` float32 scores of a reward adapter, read at the last real position; shapes as `last_token_scores`."""
@@ -228,20 +261,25 @@ class ValueModel(nn.Module):
         self.scorer.gradient_checkpointing_enable({"use_reentrant": False})
 
     def forward(self, layout: Layout) -> Tensor:
-        """`[B, R]` float32 values."""
-        return read_values(self.scorer.score, hidden_states(self.scorer, layout.sequences, layout.mask), layout)
+        """`[B, R]` float32 values, padding 0."""
+        hidden = hidden_states(self.scorer, layout.sequences, layout.mask)
+        return layout.spread(read_values(self.scorer.score, layout.before(hidden)))
 
 
 class ReferenceModel(nn.Module):
-    """A reference of its own: frozen, asked for its logits."""
+    """A reference of its own, frozen."""
 
     def __init__(self, model: PreTrainedModel, temperature: float):
         super().__init__()
-        self.model, self.temperature = model, temperature or 1.0
+        self.model = model
+        self.head = VocabularyHead(model, temperature or 1.0)
 
-    def forward(self, layout: Layout) -> Tensor:
-        """`[B, R, V]` float32 logits."""
-        return response_logits(self.model, layout, self.temperature)[0]
+    def forward(self, layout: Layout, as_hidden: bool = False) -> Tensor:
+        """`[B, R]` float32 log-probs; with `as_hidden` what they come from, `[N, H]`, for somebody who has the head."""
+        hidden = layout.before(hidden_states(self.model, layout.sequences, layout.mask))
+        if as_hidden:
+            return hidden
+        return layout.spread(self.head.measure(hidden, Asked(layout.tokens, self.head.logits))["logprobs"])
 
 
 def named_adapters(recipe: Recipe) -> dict[str, LoraConfig | adapters.SavedAdapter]:
@@ -273,33 +311,11 @@ def compute_dtype(base: PreTrainedModel) -> torch.dtype:
     return base.get_output_embeddings().weight.dtype
 
 
-def response_logits(
-    model: nn.Module, layout: Layout, temperature: float, hidden: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """Temperature-scaled float32 logits `[B, R, V]` of the response tokens.
-
-    If asked, also what the head was given, `[B, R + 1, H]` or `[B, L, H]`: from one position before the response on.
-    """
-    wanted = {"use_cache": False, "logits_to_keep": layout.response_width + 1}
-    given = None
-    if hidden:
-        output, given = causal.call_with_hidden(model, layout.sequences, layout.mask, **wanted)
-    else:
-        output = causal.call(model, layout.sequences, layout.mask, **wanted)
-    return output.logits[:, :-1].float() / temperature, given
-
-
 def hidden_states(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
     """`[B, L, H]` what a model's backbone hands to its head."""
     return causal.call(causal.backbone(model), ids, mask, use_cache=False).last_hidden_state
 
 
-def read_values(head: nn.Module, hidden: Tensor, layout: Layout) -> Tensor:
-    """`[B, R]` values, read one position before each response token: after it V would have seen the action."""
-    before = hidden[:, -layout.response_width - 1 : -1]
+def read_values(head: nn.Module, before: Tensor) -> Tensor:
+    """`[N]` float32 values from hidden states `[N, H]`."""
     return head(before).squeeze(-1).float()
-
-
-def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
-    """`[B, R]` log-probabilities of `ids` `[B, R]` under `logits` `[B, R, V]`."""
-    return logits.log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)

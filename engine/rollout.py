@@ -1,19 +1,31 @@
-"""Prompts -> Rollout: the actor samples responses, each token a function of seed and draw."""
+"""Prompts -> Rollout: the actor samples responses, many at a time; a finished one makes room for the next prompt."""
 
 from __future__ import annotations
 
+import itertools
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
-from engine import causal
+from engine import causal, dist
 from engine.batch import Prompts, Rollout
 from engine.config import GenerationConfig
-from engine.randomness import Stream, generator
+from engine.kv_cache import FixedRows, MovingRows, can_move_rows
+from engine.packed_linear import packed_linears
+from engine.randomness import Stream
+from engine.sampling import sample, token_uniforms
 from engine.stopping import Stops
+
+AGREE_EVERY = 16
+"""Passes between two questions whether any rank has work left: a reduced flag costs little, 15 idle passes too."""
+PREFILL_TOKENS = 16384
+"""Most prompt tokens of one forward, padding included: they bound what its activations take."""
+SPARE_COLUMNS = 64
+"""Tokens between two moves of the cache to the front of its buffers, which go on as long as prompts are taken in."""
 
 
 def generate(
@@ -23,36 +35,48 @@ def generate(
     stops: Stops,
     seed: int,
     stream: Stream = Stream.TRAINING,
+    idle: Callable[[], None] | None = None,
 ) -> Rollout:
-    """Sample one response for each prompt, with no collective: ranks decode freely.
+    """Sample one response for each prompt.
 
     Args:
-        module: a plain causal model, whole on this rank.
+        module: a causal model, called like a plain one.
         prompts: this rank's rows; none is fine.
         stops: what ends a response before its limit.
+        idle: None: the module is whole on this rank, which decodes without any collective. Otherwise a forward fetches
+            weights, all ranks must make as many, and this does what one does except to compute.
     """
-    width = settings.max_new_tokens
-    sampled = _Responses.empty(len(prompts), width)
-    for rows in torch.arange(len(prompts)).split(settings.batch_sequences):
-        if len(rows):
-            uniforms = token_uniforms(seed, stream, prompts.draws[rows], prompts.samples[rows], width)
-            _decode(module, prompts, rows, uniforms, settings, stops, sampled)
+    uniforms = token_uniforms(seed, stream, prompts.draws, prompts.samples, settings.max_new_tokens)
+    decoding = _Decoding(module, prompts, settings, stops, uniforms)
+    if idle is None:
+        with packed_linears(module):
+            while decoding.busy:
+                decoding.one_pass()
+    else:
+        _in_step(decoding, idle)
+    responses = decoding.responses
     return Rollout(
         prompt_ids=prompts.prompt_ids,
         prompt_lengths=prompts.prompt_lengths,
-        response_ids=sampled.ids,
-        response_lengths=sampled.lengths,
-        ended=sampled.ended,
-        sampler_logprobs=sampled.logprobs,
+        response_ids=responses.ids,
+        response_lengths=responses.lengths,
+        ended=responses.ended,
+        sampler_logprobs=responses.logprobs,
         draws=prompts.draws,
         samples=prompts.samples,
     )
 
 
-def token_uniforms(seed: int, stream: Stream, draws: Tensor, samples: Tensor, count: int) -> Tensor:
-    """`[B, count]` float64 in [0, 1): column t belongs to response position t, whatever is decoded beside it."""
-    rows = [generator(seed, stream, int(d), int(s)).random(count) for d, s in zip(draws, samples, strict=True)]
-    return torch.from_numpy(np.stack(rows))
+def _in_step(decoding: _Decoding, idle: Callable[[], None]) -> None:
+    """As many passes on this rank as on any other, until none has work left."""
+    for passes in itertools.count():
+        busy = torch.tensor(int(decoding.busy))
+        if passes % AGREE_EVERY == 0 and not dist.all_reduce(busy, "max"):
+            return
+        if busy:
+            decoding.one_pass()
+        else:
+            idle()
 
 
 @dataclass(frozen=True)
@@ -73,92 +97,177 @@ class _Responses:
             ended=torch.zeros(rows, dtype=torch.bool),
         )
 
-    def add(self, rows: Tensor, position: int, ids: Tensor, logprobs: Tensor) -> None:
-        self.ids[rows, position] = ids
-        self.logprobs[rows, position] = logprobs
-        self.lengths[rows] = position + 1
+
+@dataclass
+class _Prefilled:
+    """Rows that have their first token and wait for a slot."""
+
+    indices: Tensor  # [N] int64, which prompts
+    tokens: Tensor  # [N] int64, drawn last
+    sources: Tensor  # [N] int64, rows of the cache: identical prompts share one
+    cache: DynamicCache
+    lengths: Tensor  # [rows of the cache] int64, real tokens
 
 
-def _decode(
-    module: PreTrainedModel,
-    prompts: Prompts,
-    rows: Tensor,
-    uniforms: Tensor,
-    settings: GenerationConfig,
-    stops: Stops,
-    sampled: _Responses,
-) -> None:
-    """Decode some rows together with a KV cache until each has ended or reached its limit."""
-    device = next(module.parameters()).device
-    longest = int(prompts.prompt_lengths[rows].max())
-    ids = prompts.prompt_ids[rows][:, -longest:].to(device)
-    mask = prompts.prompt_mask[rows][:, -longest:].to(device)
-    limits = prompts.max_new_tokens[rows].clamp(max=settings.max_new_tokens)
-    least = settings.min_new_tokens
-    cache = DynamicCache(config=module.config)
-    alive = torch.ones(len(rows), dtype=torch.bool)
-    for step in range(int(limits.max())):
-        output = causal.call(module, ids, mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        logits = output.logits[:, -1].float().cpu()
-        banned = stops.banned(logits.shape[-1], early=step < least)
-        tokens, logprobs = sample(logits, uniforms[:, step], settings, banned)
-        growing = rows[alive]
-        sampled.add(growing, step, tokens[alive], logprobs[alive])
-        if step >= least:
-            checked = step if step > least else 0  # a stop string that came too early ends the response now
-            sampled.ended[growing] = stops.reached(sampled.ids[growing, : step + 1], checked)
-        alive &= ~sampled.ended[rows] & (step + 1 < limits)
-        if not alive.any():
-            break
-        # A finished row goes on with whatever it drew: no other row sees it, and it is written nowhere.
-        ids = tokens[:, None].to(device)
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
+class _Decoding:
+    """The responses that grow at the moment, a slot each, and the prompts that wait for one.
 
-
-def sample(
-    logits: Tensor, uniforms: Tensor, settings: GenerationConfig, banned: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Draw one token per row by inverting the cumulative distribution.
-
-    Token = first i with cdf[i] > u * cdf[last], the cdf in float64 over the kept tokens in vocabulary order.
-    Restrictions (banned, top-k, top-p) shape the draw only: log-probs are those of the temperature-scaled full softmax.
-
-    Args:
-        logits: `[B, V]` float32, raw.
-        uniforms: `[B]` float64 in [0, 1).
-        banned: ids that may not be drawn.
-
-    Returns:
-        tokens `[B]` int64 and their log-probs `[B]` float32.
+    Continuous batching takes the longest prompts first: those that come later, in the place of finished ones, then
+    never widen what the others attend to. Without it prompts come in their order, and a whole batch ends together.
     """
-    scaled = logits / (settings.temperature or 1.0)
-    logprobs = scaled.log_softmax(-1)
-    allowed = scaled
-    if banned is not None:
-        allowed = scaled.index_fill(-1, banned, -torch.inf)
-    if settings.temperature == 0:
-        tokens = allowed.argmax(-1)
-    else:
-        weights = _keep(allowed, settings.top_k, settings.top_p)
-        cdf = weights.cumsum(-1)
-        tokens = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True).squeeze(-1)
-    return tokens, logprobs.gather(-1, tokens[:, None]).squeeze(-1)
+
+    def __init__(
+        self, module: PreTrainedModel, prompts: Prompts, settings: GenerationConfig, stops: Stops, uniforms: Tensor
+    ):
+        self.module, self.device = module, next(module.parameters()).device
+        self.prompts, self.settings, self.stops, self.uniforms = prompts, settings, stops, uniforms
+        self.limits = prompts.max_new_tokens.clamp(max=settings.max_new_tokens)
+        self.responses = _Responses.empty(len(prompts), settings.max_new_tokens)
+        self.done = torch.zeros(len(prompts), dtype=torch.bool)
+        self.slots = min(settings.max_concurrent_sequences, len(prompts))
+        can_move = can_move_rows(module.config)
+        self.continuous = settings.continuous_batching and can_move
+        self.waiting = deque(_identical(prompts) if self.continuous else [[row] for row in range(len(prompts))])
+        self.prefilled: _Prefilled | None = None
+        self.indices = self.tokens = torch.empty(0, dtype=torch.int64)  # [live rows]: which prompts, and drawn last
+        if len(prompts):
+            longest, most = int(prompts.prompt_lengths.max()), int(self.limits.max())
+            spare = SPARE_COLUMNS if self.slots < len(prompts) else 0
+            self.rows = MovingRows(self.slots, longest, longest + most + spare) if can_move else FixedRows()
+        self._banned: Tensor | None = None
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.prefilled or len(self.indices))
+
+    def one_pass(self) -> None:
+        """One forward: of new prompts, or of one token of each live row."""
+        # A prefill is a forward, which on a GPU costs as much as a token of every row. So it waits until an eighth of
+        # the slots is free: empty ones cost less than that, and nothing at all where arithmetic is the limit.
+        enough = max(1, self.slots // 8) if self.continuous else self.slots
+        if self.waiting and not self.prefilled and self._free >= enough:
+            self._prefill()
+        else:
+            self._decode()
+        self._take_in()
+
+    @property
+    def _free(self) -> int:
+        return self.slots - len(self.indices)
+
+    def _prefill(self) -> None:
+        """The next prompts, each that is not like another once, and the first token of their responses."""
+        groups = self._next_groups()
+        firsts = torch.tensor([group[0] for group in groups])
+        lengths = self.prompts.prompt_lengths[firsts]
+        width = int(lengths.max())
+        ids, mask = self.prompts.prompt_ids[firsts, -width:], self.prompts.prompt_mask[firsts, -width:]
+        cache = DynamicCache(config=self.module.config)
+        logits = self._logits(ids, mask.to(self.device), cache)
+        indices = torch.tensor(list(itertools.chain.from_iterable(groups)))
+        sources = torch.repeat_interleave(torch.tensor([len(group) for group in groups]))
+        tokens = self._draw(indices, logits[sources.to(self.device)])
+        stay = ~self.done[indices] if self.continuous else torch.ones_like(indices, dtype=torch.bool)
+        if stay.any():
+            self.prefilled = _Prefilled(indices[stay], tokens[stay], sources[stay], cache, lengths.to(self.device))
+
+    def _next_groups(self) -> list[list[int]]:
+        """Waiting prompts for the free slots, or a few more where the last one's samples go beyond."""
+        groups, rows, width = [], 0, 0
+        while self.waiting and rows < self._free:
+            width = max(width, int(self.prompts.prompt_lengths[self.waiting[0][0]]))
+            if self.continuous and groups and width * (len(groups) + 1) > PREFILL_TOKENS:
+                break
+            groups.append(self.waiting.popleft())
+            rows += len(groups[-1])
+        return groups
+
+    def _take_in(self) -> None:
+        """Give free slots to prefilled rows; there is nothing to compute."""
+        new = self.prefilled
+        if new is None or not self._free:
+            return
+        now, later = slice(self._free), slice(self._free, None)
+        self.rows.append(new.cache, new.lengths, new.sources[now].to(self.device))
+        self.indices = torch.cat([self.indices, new.indices[now]])
+        self.tokens = torch.cat([self.tokens, new.tokens[now]])
+        new.indices, new.tokens, new.sources = new.indices[later], new.tokens[later], new.sources[later]
+        self.prefilled = new if len(new.indices) else None
+
+    def _decode(self) -> None:
+        """One more token for each live row, then their slots back from those that have ended."""
+        logits = self._logits(self.tokens[:, None], self.rows.next_mask(), self.rows.cache)
+        self.rows.advance()
+        self.tokens = self._draw(self.indices, logits)
+        alive = ~self.done[self.indices]
+        if not self.continuous:
+            alive[:] = alive.any()
+        if not alive.all():
+            order = _closed_up(alive)
+            self.rows.keep(order.to(self.device))
+            self.indices, self.tokens = self.indices[order], self.tokens[order]
+
+    def _logits(self, ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
+        """`[B, V]` float32 after the last of `ids`."""
+        ids = ids.to(self.device)
+        output = causal.call(self.module, ids, mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return output.logits[:, -1].float()
+
+    def _draw(self, indices: Tensor, logits: Tensor) -> Tensor:
+        """`[B]` the next tokens, which have been added to their responses; 0 for a response that has ended."""
+        growing = ~self.done[indices]
+        if not growing.all():
+            tokens = torch.zeros_like(indices)
+            tokens[growing] = self._draw(indices[growing], logits[growing.to(self.device)])
+            return tokens
+        position = self.responses.lengths[indices]
+        uniforms = self.uniforms[indices, position].to(self.device)
+        banned = self._banned_tokens(position, logits.shape[-1])
+        tokens, logprobs = (x.cpu() for x in sample(logits, uniforms, self.settings, banned))
+        self.responses.ids[indices, position] = tokens
+        self.responses.logprobs[indices, position] = logprobs
+        self.responses.lengths[indices] = position + 1
+        self.responses.ended[indices] = ended = self._ended(indices, position)
+        self.done[indices] = ended | (position + 1 >= self.limits[indices])
+        return tokens
+
+    def _banned_tokens(self, position: Tensor, vocabulary: int) -> Tensor | None:
+        """`[B, V]` bool, what may not be drawn at these positions."""
+        if self._banned is None:
+            self._banned = torch.zeros(2, vocabulary, dtype=torch.bool, device=self.device)
+            for early in (False, True):
+                ids = self.stops.banned(vocabulary, early)
+                if ids is not None:
+                    self._banned[int(early), ids.to(self.device)] = True
+            self._bans = self._banned.any(1).tolist()
+        early = position < self.settings.min_new_tokens
+        if not self._bans[bool(early.any())]:
+            return None
+        return self._banned[early.long().to(self.device)]
+
+    def _ended(self, indices: Tensor, position: Tensor) -> Tensor:
+        """`[B]` bool, whether the token at `position` ends its response."""
+        if not self.stops.strings:
+            return self.stops.reached(self.responses.ids[indices, position][:, None], 0)
+        least, ended = self.settings.min_new_tokens, torch.zeros(len(indices), dtype=torch.bool)
+        for at in position.unique().tolist():
+            if at >= least:
+                rows = position == at
+                checked = at if at > least else 0  # a stop string that came too early ends the response now
+                ended[rows] = self.stops.reached(self.responses.ids[indices[rows], : at + 1], checked)
+        return ended
 
 
-def _keep(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """`[B, V]` float64 probabilities, 0 for tokens outside the top k or the nucleus (Holtzman et al. 2020).
+def _identical(prompts: Prompts) -> list[list[int]]:
+    """Rows by prompt, the longest prompts first."""
+    groups: dict[bytes, list[int]] = {}
+    for row, length in enumerate(prompts.prompt_lengths.tolist()):
+        groups.setdefault(prompts.prompt_ids[row, -length:].numpy().tobytes(), []).append(row)
+    return sorted(groups.values(), key=lambda rows: -int(prompts.prompt_lengths[rows[0]]))
 
-    Ties go to the lower id; the likeliest token always stays.
-    """
-    probabilities = logits.double().softmax(-1)
-    if not top_k and top_p >= 1.0:
-        return probabilities
-    ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
-    keep = torch.ones_like(ordered, dtype=torch.bool)
-    if top_k:
-        keep[:, top_k:] = False
-        ordered = ordered * keep
-    if top_p < 1.0:
-        before = ordered.cumsum(-1) - ordered
-        keep &= before < top_p * ordered.sum(-1, keepdim=True)
-    return probabilities * torch.zeros_like(keep).scatter(-1, order, keep)
+
+def _closed_up(alive: Tensor) -> Tensor:
+    """The numbers of the live rows, the last ones in the places of those that have ended: as few as can be move."""
+    order = torch.arange(int(alive.sum()))
+    order[~alive[: len(order)]] = torch.nonzero(alive[len(order) :]).flatten() + len(order)
+    return order

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from engine import causal, dist, zero
 from engine.batch import length_mask
-from engine.config import OptimizerSettings, Section
+from engine.config import OptimizerSettings
 from engine.console import progress_bar
 from engine.ds_config import read_ds_config, resolve_ds_config
 from engine.hybrid_engine import Schedule
 from engine.scoring import last_token_scores
+from engine.section import Section
 
 # A local sum over a batch's denominator: loss(model, examples, denominator).
 Loss = Callable[[nn.Module, Sequence, float], Tensor]

@@ -29,7 +29,8 @@ from transformers import (
 )
 
 from engine import dist
-from engine.config import OptimizerSettings, Section
+from engine.config import OptimizerSettings
+from engine.section import Section
 from engine.stories import (
     NAMES,
     THINGS,

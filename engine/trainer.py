@@ -14,7 +14,7 @@ from engine.checks import check_files, warnings_of
 from engine.config import Recipe
 from engine.console import progress_bar
 from engine.errors import RecipeError
-from engine.evaluation import evaluate
+from engine.evaluation import evaluate, score
 from engine.heldout import HeldOut, Look
 from engine.hybrid_engine import HybridEngine
 from engine.metrics import (
@@ -23,6 +23,7 @@ from engine.metrics import (
     append_jsonl,
     console_line,
     memory_metrics,
+    padding_fraction,
     rollout_metrics,
     update_metrics,
 )
@@ -104,16 +105,16 @@ class Trainer:
         recipe, clock = self.recipe, PhaseClock()
         prompts = self.prompts.batch(iteration, dist.rank(), dist.world_size())
         with clock.phase("generation"), self.engine.generation() as actor:
-            rollout = generate(actor, prompts, recipe.generation, self.stops, recipe.seed)
+            idle = self.engine.idle_pass
+            rollout = generate(actor, prompts, recipe.generation, self.stops, recipe.seed, idle=idle)
         with clock.phase("inference"), self.engine.inference():
             texts = Texts.of(prompts, rollout, self.tokenizer, recipe.generation.stop_strings)
-            evaluation = evaluate(
-                self.engine, self.sources, rollout, texts, recipe.kl, recipe.ppo.micro_batch_sequences
-            )
-        with clock.phase("training"):
-            # A row is kilobytes. With the rows of all ranks on each, whitening, metrics and minibatches are
+            scores = score(self.sources, rollout, texts)
+            # A row is kilobytes. With the rows of all ranks on each, dealing, whitening, metrics and minibatches are
             # one-process code whose result can't depend on who sampled what.
-            rollout, evaluation = (map_rows(record, dist.all_gather_rows) for record in (rollout, evaluation))
+            rollout = map_rows(rollout, dist.all_gather_rows)
+            evaluation = evaluate(self.engine, rollout, scores, recipe)
+        with clock.phase("training"):
             experience = make_experience(rollout, evaluation, recipe, self.combiner, self.kl.kl_coef)
             frozen = frozenset({ACTOR}) if iteration < recipe.critic.warmup_iterations else frozenset()
             stats = update(self.engine, experience, recipe, iteration, self.kl.kl_coef, frozen)
@@ -123,6 +124,8 @@ class Trainer:
             **clock.metrics(),
             **memory_metrics(),
             "kl_coef": self.kl.kl_coef,
+            "generation/resident_fraction": self.engine.replica.resident_fraction,
+            "padding/fraction": padding_fraction(experience, stats),
             "data/prompts_dropped": self.prompt_set.dropped,
             "data/prompts_truncated": self.prompt_set.truncated,
         }

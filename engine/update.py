@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,8 +13,23 @@ from engine import dist, ppo
 from engine.batch import Experience, UpdateStats
 from engine.config import Recipe
 from engine.hybrid_engine import HybridEngine
-from engine.minibatches import micro_batches, minibatch_rows, rows_of_rank
-from engine.roles import ACTOR
+from engine.minibatches import deal, minibatch_rows, padded_tokens, segment_lengths
+from engine.roles import ACTOR, RolesOutput
+
+
+@dataclass(frozen=True)
+class _Update:
+    """What all minibatches of an iteration have in common; the arguments of `update`."""
+
+    engine: HybridEngine
+    experience: Experience
+    recipe: Recipe
+    kl_coef: float
+    frozen: frozenset[str]
+
+    def rows(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Some rows of a tensor of the experience, where the engine computes."""
+        return x[rows].to(self.engine.device)
 
 
 def update(
@@ -28,7 +44,8 @@ def update(
     Raises:
         FloatingPointError: the loss or a gradient is not finite; raised on every rank before the optimizer steps.
     """
-    stats = UpdateStats()
+    common = _Update(engine, experience, recipe, kl_coef, frozen)
+    stats = UpdateStats(sampler_kl=_sampler_kl(experience))
     minibatches = [
         rows
         for epoch in range(recipe.ppo.epochs)
@@ -37,7 +54,7 @@ def update(
         )
     ]
     for index, rows in enumerate(minibatches):
-        minibatch = _accumulate(engine, experience, rows, recipe, kl_coef, frozen)
+        minibatch = _accumulate(common, rows, stats)
         where = f"iteration {iteration + 1}, minibatch {index + 1}"
         deviation = minibatch.pop("policy/ratio_deviation_max")  # a maximum: not for the sums
         if not all(map(math.isfinite, minibatch.values())):
@@ -45,9 +62,11 @@ def update(
                 f"{where}: the loss or its statistics are not finite, and nothing was stepped ({dict(minibatch)}); a "
                 "lower learning rate, score clipping or float32 usually help"
             )
+        approx_kl = minibatch["policy/approx_kl_sum"] / max(1, minibatch["policy/tokens"])
         if index == 0:
             stats.first_ratio_deviation = deviation
-        approx_kl = minibatch["policy/approx_kl_sum"] / max(1, minibatch["policy/tokens"])
+            if recipe.ppo.old_logprobs != "recompute":  # the first that these weights say of the sampler's tokens
+                stats.sampler_kl = approx_kl
         stats.sums.update(minibatch)
         if recipe.ppo.target_kl is not None and approx_kl > recipe.ppo.target_kl:
             engine.discard()
@@ -65,84 +84,104 @@ def update(
     return stats
 
 
-def _accumulate(
-    engine: HybridEngine, experience: Experience, rows: Tensor, recipe: Recipe, kl_coef: float, frozen: frozenset[str]
-) -> Counter:
+def _sampler_kl(experience: Experience) -> float:
+    """k3 of the sampler's log-probs against the old ones; 0 where the old ones ARE the sampler's."""
+    rollout, old_logprobs = experience.rollout, experience.evaluation.old_logprobs
+    k3 = ppo.kl_estimate(rollout.sampler_logprobs, old_logprobs, "k3")
+    return ppo.masked_mean(k3, rollout.response_mask).item()
+
+
+def _accumulate(common: _Update, rows: Tensor, stats: UpdateStats) -> Counter:
     """Forward and backward of one minibatch; returns its sums over all ranks."""
+    rollout, world_size = common.experience.rollout, dist.world_size()
     # DeepSpeed averages gradients over ranks; the loss divides by the tokens of ALL ranks. Hence / world size.
-    tokens = int(experience.rollout.response_lengths[rows].sum())
-    denominator = tokens / dist.world_size()
-    mine = rows_of_rank(rows, dist.rank(), dist.world_size())
-    parts = micro_batches(mine, recipe.ppo.micro_batch_sequences)
-    sums: Counter = Counter()
-    largest_deviation = 0.0
+    tokens = int(rollout.response_lengths[rows].sum())
+    denominator = tokens / world_size
+    lengths = segment_lengths(rollout)
+    plan = deal(rows, lengths, common.recipe.ppo, world_size)
+    stats.real_tokens += int(lengths[rows].sum())
+    stats.padded_tokens += sum(padded_tokens(part, lengths) for own in plan for part in own)
+    parts, found = plan[dist.rank()], []
     for index, part in enumerate(parts):
-        policy, value, found = _losses(engine, experience, part, recipe, kl_coef, frozen, denominator)
-        engine.backward(policy, value, last=index == len(parts) - 1)
-        largest_deviation = max(largest_deviation, found.pop("policy/ratio_deviation_max").item())
-        sums.update({name: value.item() for name, value in found.items()})
-    return _over_ranks(sums, largest_deviation)
+        policy, value, sums = _losses(common, part, denominator)
+        common.engine.backward(policy, value, last=index == len(parts) - 1)
+        found.append(sums)
+    return _over_ranks(found)
 
 
-def _losses(
-    engine: HybridEngine,
-    experience: Experience,
-    rows: Tensor,
-    recipe: Recipe,
-    kl_coef: float,
-    frozen: frozenset[str],
-    denominator: float,
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def _losses(common: _Update, rows: Tensor, denominator: float) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The actor's and the critic's loss on one micro-batch, and their statistics."""
-    settings, device = recipe.ppo, engine.device
-    kl_in_loss = recipe.kl.placement == "loss"
-    full = kl_in_loss and recipe.kl.estimator == "full"
-    output = engine.forward(experience.rollout, rows, values=True, full_kl=full, entropy_grad=settings.entropy_coef > 0)
-
-    def of(x: Tensor) -> Tensor:
-        return x[rows].to(device)
-
-    mask = of(experience.rollout.response_mask)
-    old_logprobs = of(experience.evaluation.old_logprobs)
-    policy, policy_stats = ppo.policy_loss(
-        output.logprobs,
-        old_logprobs,
-        of(experience.advantages),
-        mask,
-        settings.clip_ratio,
-        denominator,
-        settings.dual_clip,
+    experience, recipe = common.experience, common.recipe
+    output = common.engine.forward(
+        experience.rollout,
+        rows,
+        entropy=True,
+        entropy_grad=recipe.ppo.entropy_coef > 0,
+        values=True,
+        full_kl=recipe.kl.placement == "loss" and recipe.kl.estimator == "full",
     )
+    policy, found = _policy_loss(common, rows, output, denominator)
     value, value_stats = ppo.value_loss(
         output.values,
-        of(experience.evaluation.old_values),
-        of(experience.returns),
-        mask,
-        settings.value_clip,
+        common.rows(experience.evaluation.old_values, rows),
+        common.rows(experience.returns, rows),
+        common.rows(experience.rollout.response_mask, rows),
+        recipe.ppo.value_clip,
         denominator,
     )
-    found = {f"policy/{name}": x for name, x in policy_stats.items()}
     found |= {f"value/{name}": x for name, x in value_stats.items()}
-    found["entropy_sum"] = ppo.masked_sum(output.entropy.detach(), mask)
-    if settings.entropy_coef:
-        policy = policy - settings.entropy_coef * ppo.masked_mean(output.entropy, mask, denominator)
-    if kl_in_loss:
-        ref_logprobs = of(experience.evaluation.ref_logprobs)
-        kl, kl_stats = ppo.kl_loss(
-            output.logprobs, old_logprobs, ref_logprobs, mask, recipe.kl.estimator, denominator, output.full_kl
-        )
-        found["kl_loss/loss_sum"] = kl_stats["loss_sum"]
-        policy = policy + kl_coef * kl
     # A frozen role still goes through forward and backward: under ZeRO-3 every parameter needs its gradient, even 0.
-    policy = policy * (0.0 if ACTOR in frozen else 1.0)
-    value = settings.value_coef * value
+    policy = policy * (0.0 if ACTOR in common.frozen else 1.0)
+    value = recipe.ppo.value_coef * value
     found["joint_loss"] = policy.detach() + value.detach()
     return policy, value, found
 
 
-def _over_ranks(sums: Counter, largest_deviation: float) -> Counter:
-    """Sums over all ranks, and the largest deviation of any: two reductions a minibatch."""
-    names = sorted(sums)
-    total = dist.all_reduce(torch.tensor([sums[name] for name in names], dtype=torch.float64))
-    largest = dist.all_reduce(torch.tensor(largest_deviation, dtype=torch.float64), "max")
-    return Counter(dict(zip(names, total.tolist(), strict=True)) | {"policy/ratio_deviation_max": largest.item()})
+def _policy_loss(
+    common: _Update, rows: Tensor, output: RolesOutput, denominator: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The actor's loss with its optional terms, and their statistics."""
+    settings, estimator = common.recipe.ppo, common.recipe.kl.estimator
+    rollout, evaluation = common.experience.rollout, common.experience.evaluation
+    mask, logprobs = common.rows(rollout.response_mask, rows), output.logprobs
+    sampled_at = old_logprobs = common.rows(evaluation.old_logprobs, rows)
+    if settings.old_logprobs == "on_policy":
+        old_logprobs = logprobs.detach()  # nothing has moved since the sampling: ratio 1, with its gradient
+    weights, found = None, {}
+    if settings.importance_cap is not None:
+        sampler_logprobs = common.rows(rollout.sampler_logprobs, rows)
+        weights = ppo.importance_weights(old_logprobs, sampler_logprobs, settings.importance_cap)
+        found["importance/weight_sum"] = ppo.masked_sum(weights, mask)
+        found["importance/capped"] = ((weights == settings.importance_cap) & mask).sum()
+    advantages = common.rows(common.experience.advantages, rows)
+    loss, stats = ppo.policy_loss(
+        logprobs, old_logprobs, advantages, mask, settings.clip_ratio, denominator, settings.dual_clip, weights
+    )
+    stats |= ppo.ratio_stats(logprobs, sampled_at, mask)
+    found |= {f"policy/{name}": x for name, x in stats.items()}
+    found["entropy_sum"] = ppo.masked_sum(output.entropy.detach(), mask)
+    if settings.entropy_coef:
+        loss = loss - settings.entropy_coef * ppo.masked_mean(output.entropy, mask, denominator)
+    if common.recipe.kl.placement == "loss":
+        ref_logprobs = common.rows(evaluation.ref_logprobs, rows)
+        kl, stats = ppo.kl_loss(logprobs, old_logprobs, ref_logprobs, mask, estimator, denominator, output.full_kl)
+        found["kl_loss/loss_sum"] = stats["loss_sum"]
+        loss = loss + common.kl_coef * kl
+    return loss, found
+
+
+def _over_ranks(found: list[dict[str, Tensor]]) -> Counter:
+    """Statistics of this rank's micro-batches -> over all ranks: sums, and the largest of those named ..._max.
+
+    One transfer from the device and one exchange: each rank fills its own row of a table of zeros, and adds.
+    """
+    names = list(found[0])
+    largest = torch.tensor([name.endswith("_max") for name in names])
+
+    def over_rows(table: Tensor) -> Tensor:
+        return torch.where(largest, table.amax(0), table.sum(0))
+
+    table = torch.zeros(dist.world_size(), len(names), dtype=torch.float64)
+    mine = torch.stack([torch.stack([sums[name].double() for name in names]) for sums in found])
+    table[dist.rank()] = over_rows(mine.cpu())
+    return Counter(dict(zip(names, over_rows(dist.all_reduce(table)).tolist(), strict=True)))

@@ -1,4 +1,4 @@
-"""The engine's only door to DeepSpeed: start-up, the trained engine, frozen engines, gathering, per-role steps.
+"""The engine's only door to DeepSpeed: start-up, the trained engine, frozen engines, gathering.
 
 What DeepSpeed does surprisingly, and is dealt with here, is said where it bites.
 """
@@ -8,12 +8,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import math
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 
 import deepspeed
 import torch
@@ -24,9 +24,11 @@ from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-from engine import causal, dist
+from engine import causal, dist, traffic
 from engine.config import OptimizerSettings
 from engine.errors import RecipeError
+from engine.fetching import FetchOrders, decoder_layers, kind_of
+from engine.role_steps import RoleSteps
 
 logger = dist.get_logger(__name__)
 
@@ -47,6 +49,16 @@ def start() -> None:
     logger.info("starting DeepSpeed (the first start on a machine compiles a small operator: a minute or two)")
     with _quiet():
         deepspeed.init_distributed(verbose=False)
+    _unname_shared_memory()
+    traffic.watch(deepspeed.comm.comm.cdb)
+
+
+def _unname_shared_memory() -> None:
+    """DeepSpeed's CPU operator leaves a file of 69 MB a rank in memory after every run; all ranks hold it open now."""
+    dist.barrier()
+    for file in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{os.environ['MASTER_PORT']}_{dist.rank()}"):
+        with contextlib.suppress(PermissionError):  # another user's
+            file.unlink(missing_ok=True)
 
 
 def check_dtype(dtype: torch.dtype) -> None:
@@ -64,10 +76,15 @@ def check_dtype(dtype: torch.dtype) -> None:
 
 def _share_cores() -> None:
     """Give each rank of this host its share of the cores: threads that outnumber them spin, 20 times slower here."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    ranks = local_ranks()
     if "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // ranks))
+
+
+def local_ranks() -> int:
+    """How many ranks the launcher started on this host."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
 
 
 @dataclass(frozen=True)
@@ -79,79 +96,18 @@ class ParameterGroup:
     settings: OptimizerSettings
 
 
-@dataclass
-class RoleSteps:
-    """Clips each role's gradient by that role's own norm, and can let an optimizer step pass without effect.
-
-    DeepSpeed knows one norm for everything: a young critic's large gradient would throttle the actor. So its
-    clipping is off, and this hook works where every ZeRO stage hands the optimizer float32 gradients that are
-    averaged over ranks and unscaled: just before `optimizer.step()`. Stages 1 to 3 call that once per group with
-    this rank's partition, stage 0 once with everything.
-    """
-
-    partitioned: bool
-    correction: Callable[[], float] | None = None
-    """Factor on every gradient: DeepSpeed may have unscaled it by another scale than the loss had."""
-    norms: dict[str, float] = field(default_factory=dict)
-    skip: bool = False
-    frozen: frozenset[str] = frozenset()
-    _hidden: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-
-    def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        optimizer.register_step_pre_hook(self._before)
-        optimizer.register_step_post_hook(self._after)
-
-    @torch.no_grad()
-    def _before(self, optimizer, args, kwargs) -> None:
-        for group in optimizer.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            if self.skip:
-                # The optimizer passes over a parameter without a gradient: neither weight nor moment moves,
-                # and DeepSpeed's own bookkeeping (buffers, micro-step counter) still runs its course.
-                self._hidden += [(p, p.grad) for p in parameters]
-                for parameter in parameters:
-                    parameter.grad = None
-            elif parameters:
-                if self.correction is not None:
-                    for parameter in parameters:
-                        parameter.grad.mul_(self.correction())
-                self.norms[group["role"]] = self._clip(parameters, group["gradient_clipping"])
-                if group["role"] in self.frozen:
-                    for parameter in parameters:
-                        parameter.grad.zero_()  # Adam's moments stay 0 (on the trunk the value loss reaches the actor)
-
-    def _after(self, optimizer, args, kwargs) -> None:
-        for group in optimizer.param_groups:
-            if group["role"] in self.frozen and not self.skip:
-                for parameter in group["params"]:
-                    # Adam's count starts when the role does: its bias correction would be gone by then.
-                    optimizer.state[parameter]["step"] = optimizer.state[parameter]["step"] * 0
-        for parameter, gradient in self._hidden:
-            parameter.grad = gradient
-        self._hidden.clear()
-
-    def _clip(self, parameters: list[Tensor], limit: float) -> float:
-        square = sum(p.grad.double().square().sum() for p in parameters)
-        if self.partitioned:
-            square = dist.all_reduce(square)
-        norm = math.sqrt(square.item())
-        if not math.isfinite(norm):  # the same number on every rank: all stop, before this role is stepped
-            raise FloatingPointError(f"a gradient is not finite: its norm is {norm}")
-        if limit and norm > limit:
-            for parameter in parameters:
-                parameter.grad.mul_(limit / norm)
-        return norm
-
-
 class TrainedEngine:
     """A module under DeepSpeed ZeRO with one AdamW group per role.
 
     Args:
         module: its trainable parameters are exactly those of `groups`.
         ds_config: a resolved DeepSpeed configuration (`engine.ds_config`).
+        offload_activations: keep what a forward saves for its backward in host memory.
     """
 
-    def __init__(self, module: nn.Module, groups: list[ParameterGroup], ds_config: dict):
+    def __init__(
+        self, module: nn.Module, groups: list[ParameterGroup], ds_config: dict, offload_activations: bool = False
+    ):
         listed = {id(p) for group in groups for p in group.parameters}
         trainable = {id(p) for p in module.parameters() if p.requires_grad}
         assert listed == trainable, "a trainable parameter without a group, or a frozen one in a group"
@@ -164,19 +120,44 @@ class TrainedEngine:
         # In bf16 at stage 0 DeepSpeed takes a step with zero gradients while it starts up. If that counted, Adam's bias
         # correction would be one step ahead.
         self.steps.skip = True
-        _fetch_experts_together(module)
+        for experts in causal.expert_modules(module):
+            deepspeed.utils.set_z3_leaf_module(experts, True)
         with _quiet():
             self.engine, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=ds_config)
         self.steps.skip = False
+        self.fetch_orders = self._fetch_layers_together(module) if self.stage == 3 else None
         self.module = module
+        self.offload_activations = offload_activations
         self.scales_loss: bool = ds_config.get("fp16", {}).get("enabled", False)
+        self._kept_whole = [p for p in module.parameters() if hasattr(p, "ds_id") and stays_whole(p)]
 
     @property
     def device(self) -> torch.device:
         return self.engine.device
 
+    def _fetch_layers_together(self, module: nn.Module) -> FetchOrders:
+        # Marked before DeepSpeed hooked the gradients, a layer would reduce all of its own at once at the end of its
+        # backward, and with two roles it has two.
+        offload = self.engine.optimizer.parameter_offload
+        offload.destroy()  # its hooks
+        for layer in decoder_layers(module):
+            deepspeed.utils.set_z3_leaf_module(layer, True)
+        offload.setup_zero_stage3_hooks()
+        return FetchOrders(offload)
+
     def __call__(self, *args, **kwargs):
-        return self.engine(*args, **kwargs)
+        if self.fetch_orders is not None:
+            self.fetch_orders.expect(kind_of(*args, **kwargs))
+        # DeepSpeed gathers these where its hooks meet them, and after a step that wasn't passed over: fused layers need
+        # them always.
+        missing = [p for p in self._kept_whole if not is_gathered(p)]
+        if missing:
+            missing[0].all_gather(missing)
+        if not self.offload_activations:
+            return self.engine(*args, **kwargs)
+        # A checkpointed layer hides from this all but its input, which is what then waits in host memory.
+        with torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()):
+            return self.engine(*args, **kwargs)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradients of a micro-batch; `last` reduces them over ranks (an average: DeepSpeed's way).
@@ -248,7 +229,8 @@ class FrozenEngine:
         config = frozen_config(dtype, offload_to_cpu)
         if offload_to_cpu and get_accelerator().device_name() == "cpu":
             logger.warning("offload_param cpu frees nothing here: the device is the CPU itself")
-        _fetch_experts_together(module)
+        for part in [*causal.expert_modules(module), *decoder_layers(module)]:
+            deepspeed.utils.set_z3_leaf_module(part, True)
         with _quiet():
             self.engine, *_ = deepspeed.initialize(model=module, config=config)
         self.module = module
@@ -263,11 +245,6 @@ class FrozenEngine:
 
     def close(self) -> None:
         self.engine.destroy()
-
-
-def _fetch_experts_together(module: nn.Module) -> None:
-    for experts in causal.expert_modules(module):
-        deepspeed.utils.set_z3_leaf_module(experts, True)
 
 
 def frozen_config(dtype: torch.dtype, offload_to_cpu: bool) -> dict:
@@ -304,12 +281,47 @@ def _adamw(groups: list[ParameterGroup], on_cpu: bool) -> torch.optim.Optimizer:
 @contextmanager
 def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Inside, partitioned parameters are whole on every rank (a collective); others are left as they are."""
-    partitioned = [p for p in parameters if hasattr(p, "ds_id")]
+    # What is whole already (small parameters that DeepSpeed keeps whole) would be cut up again at the end.
+    partitioned = [p for p in parameters if not is_gathered(p)]
     if not partitioned:
         yield
         return
     with deepspeed.zero.GatheredParameters(partitioned):
         yield
+
+
+class Fetch:
+    """A gather of ZeRO-3 parameters that runs while something else computes (a collective, begun on creation).
+
+    Those that are whole already, or that ZeRO-3 does not manage, are left as they are, now and at the end.
+    """
+
+    # Not under inference_mode, which the sampler runs in: DeepSpeed would give training parameters inference tensors.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __init__(self, parameters: Iterable[nn.Parameter]):
+        self.held = {id(p): p for p in parameters if not is_gathered(p)}
+        self.handles = []
+        for quantized in (True, False):  # DeepSpeed can keep frozen shards in 8 bit: those travel apart
+            batch = [p for p in self.held.values() if hasattr(p.ds_tensor, "ds_quant_scale") == quantized]
+            if batch:
+                self.handles.append(batch[0].all_gather_coalesced(batch, quantize=quantized))
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def wait(self) -> None:
+        """Until every parameter is whole."""
+        while self.handles:
+            self.handles.pop(0).wait()
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def release(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
+        """Cut some of the parameters again, or all; a tensor that somebody took from one lives on with him."""
+        self.wait()
+        wanted = list(self.held) if parameters is None else [id(p) for p in parameters if id(p) in self.held]
+        for key in wanted:
+            self.held.pop(key).partition()
 
 
 @contextmanager
@@ -374,6 +386,11 @@ def elements(parameter: nn.Parameter) -> int:
 def is_gathered(parameter: nn.Parameter) -> bool:
     """Whether a ZeRO-3 parameter holds its whole tensor now; True for parameters that ZeRO-3 does not manage."""
     return not hasattr(parameter, "ds_id") or parameter.ds_status == ZeroParamStatus.AVAILABLE
+
+
+def stays_whole(parameter: nn.Parameter) -> bool:
+    """Whether every rank holds the whole parameter between steps: below ZeRO-3, or under its persistence threshold."""
+    return not hasattr(parameter, "ds_id") or parameter.ds_persist
 
 
 def local_shard(parameter: nn.Parameter) -> Tensor:

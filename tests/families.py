@@ -20,9 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from engine import causal, dist, models, zero
 from engine.advantages import ScoreCombiner, make_experience
-from engine.batch import map_rows
 from engine.config import Recipe
-from engine.evaluation import evaluate
 from engine.hybrid_engine import HybridEngine
 from engine.replica import Replica
 from engine.roles import ACTOR, CRITIC, Layout, RolesModel
@@ -492,7 +490,7 @@ def trunk(folder: Path, model: RolesModel) -> float:
 @torch.no_grad()
 def padding(model: RolesModel) -> float:
     """Every output of a row alone, among others, and padded on the left and on the right."""
-    rollout, wanted = tiny.rollout(), dict(values=True, ref_logprobs=True, full_kl=True)
+    rollout, wanted = tiny.rollout(), dict.fromkeys(("entropy", "values", "ref_logprobs", "full_kl"), True)
     together = [model.outputs(_layout(rollout, left, right), **wanted) for left, right in ((0, 0), (5, 0), (0, 6))]
     pairs = []
     for row, _, r, ids in sequences(rollout):
@@ -558,9 +556,7 @@ def iteration(folder: str, stage: str) -> dict:
     prompts = type(everything)(**tensors, texts=("p",) * len(mine), columns=({},) * len(mine))
     with engine.generation() as actor:
         rollout = generate(actor, prompts, settings.generation, Stops((7, 11)), seed=9)
-    with engine.inference():
-        evaluation = evaluate(engine, [_Length()], rollout, None, settings.kl, micro_batch_sequences=3)
-    rollout, evaluation = (map_rows(record, dist.all_gather_rows) for record in (rollout, evaluation))
+    rollout, evaluation = tiny.evaluated(engine, settings, rollout, [_Length()])
     experience = make_experience(rollout, evaluation, settings, ScoreCombiner(settings), kl_coef=0.1)
     before = _trained(engine)
     stats = update(engine, experience, settings, 0, 0.1, frozenset())

@@ -13,19 +13,26 @@ DEEPSPEED = Path(sys.executable).parent / "deepspeed"
 
 
 def launch(
-    *arguments, ranks: int = 2, cwd: Path = ROOT, timeout: float = 600, **environment
+    *arguments,
+    script: str = "launch/train.py",
+    ranks: int = 2,
+    cwd: Path = ROOT,
+    timeout: float = 600,
+    **environment,
 ) -> subprocess.CompletedProcess:
-    """`deepspeed --num_accelerators RANKS launch/train.py ARGUMENTS` from the repository's root or `cwd`."""
+    """`deepspeed --num_accelerators RANKS SCRIPT ARGUMENTS` from the repository's root or `cwd`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [DEEPSPEED, "--num_accelerators", str(ranks), "--master_port", str(port), ROOT / "launch/train.py"]
+    command = [DEEPSPEED, "--num_accelerators", str(ranks), "--master_port", str(port), ROOT / script]
     return _run([*command, *arguments], cwd, timeout, environment)
 
 
-def launch_plain(*arguments, timeout: float = 600, **environment) -> subprocess.CompletedProcess:
-    """`python launch/train.py ARGUMENTS`: one process."""
-    return _run([sys.executable, "launch/train.py", *arguments], ROOT, timeout, environment)
+def launch_plain(
+    *arguments, script: str = "launch/train.py", timeout: float = 600, **environment
+) -> subprocess.CompletedProcess:
+    """`python SCRIPT ARGUMENTS`: one process."""
+    return _run([sys.executable, script, *arguments], ROOT, timeout, environment)
 
 
 def _run(command: list, cwd: Path, timeout: float, environment: dict) -> subprocess.CompletedProcess:

@@ -35,6 +35,7 @@ def evaluation(source_scores, kl=None, old_values=None, width: int = 3) -> Evalu
         kl=nothing if kl is None else torch.tensor(kl),
         old_values=nothing if old_values is None else torch.tensor(old_values),
         source_scores=source_scores,
+        padded_lengths=torch.ones(len(source_scores), dtype=torch.int64),
     )
 
 

@@ -10,24 +10,27 @@ import pytest
 from engine.config import REPOSITORY
 
 LAYERS = [
-    {"errors", "combinations"},
-    {"ppo", "batch", "causal", "config", "dist", "randomness", "stories", "reward_text", "stopping"},
+    {"errors", "combinations", "device_memory", "section", "traffic", "fetching"},
+    {"ppo", "batch", "causal", "config", "dist", "randomness", "stories", "reward_text", "stopping", "workloads"},
+    {"role_steps"},
     {"zero", "ds_config", "plugins", "command_line", "console", "minibatches", "models", "prompts", "metrics"}
-    | {"scoring"},
-    {"adapters", "run_folder"},
+    | {"scoring", "flops", "machine", "kv_cache", "packed_linear"},
+    {"adapters", "run_folder", "sampling", "fused_lora", "vocabulary_head"},
     {"roles", "adapter_checks"},
+    {"weight_groups"},
     {"replica", "model_checks"},
-    {"hybrid_engine", "checks"},
+    {"hybrid_engine", "checks", "logprob_memory"},
     {"checkpoint", "reward_sources"},
     {"rollout", "evaluation", "advantages", "update", "supervised"},
     {"heldout", "toyworld"},
-    {"report"},
+    {"report", "benchmark_report"},
     {"trainer"},
+    {"benchmark"},
 ]
 """DESIGN.md section 4 from the bottom up: a module imports from layers strictly below its own."""
 
 LIGHT = ["combinations", "config", "command_line", "ds_config", "plugins", "checks", "model_checks", "reward_text"]
-LIGHT += ["adapter_checks"]
+LIGHT += ["adapter_checks", "section"]
 PHASES = {"rollout", "evaluation", "advantages", "update", "supervised"}
 LAYER_OF = {name: index for index, layer in enumerate(LAYERS) for name in layer}
 MODULES = {path.stem: path for path in sorted((REPOSITORY / "engine").glob("*.py")) if path.stem != "__init__"}

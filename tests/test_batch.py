@@ -104,5 +104,5 @@ def test_take_no_rows():
 def test_map_rows_leaves_the_record_as_it_was():
     plain = tiny.rollout()
     before = plain.response_ids.clone()
-    doubled = map_rows(plain, lambda x: torch.cat([x, x]))
+    doubled = map_rows(plain, lambda tensors: [torch.cat([x, x]) for x in tensors])
     assert len(doubled) == 14 and torch.equal(plain.response_ids, before)

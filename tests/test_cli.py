@@ -9,8 +9,9 @@ import time
 import pytest
 
 from engine.command_line import known_keys, parse
-from engine.config import REPOSITORY, Recipe, Section
+from engine.config import REPOSITORY, Recipe
 from engine.errors import RecipeError
+from engine.section import Section
 
 TRAIN = str(REPOSITORY / "launch" / "train.py")
 

@@ -14,8 +14,8 @@ from peft import IA3Config, TaskType, get_peft_model
 from safetensors import SafetensorError
 from transformers import AutoConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedModel
 
-from engine import combinations, dist, models
-from engine.batch import Experience, map_rows
+from engine import combinations, models
+from engine.batch import Experience
 from engine.checks import check_files, warnings_of
 from engine.command_line import load_recipe
 from engine.config import REPOSITORY, ModelConfig, Recipe
@@ -24,13 +24,20 @@ from engine.hybrid_engine import HybridEngine
 from engine.update import update
 from tests import checkpoints, tiny
 from tests.test_adapters import save_adapter
-from tests.test_homes import evaluated, weights
+from tests.test_homes import weights
 from tests.test_phases import sampled
 
 FULL = {"actor.train": "full", "reference.home": "model", "critic.home": "trunk"}
 OWN = {"critic.home": "model"}
 STAGE2 = {"zero.ds_config": "ds_configs/zero2.json"}
 FUNCTION = {"function": "mine.py:f"}
+ON_POLICY = {
+    "ppo.old_logprobs": "on_policy",
+    "ppo.epochs": 1,
+    "ppo.minibatch_sequences": 5,
+    "kl.placement": "loss",
+    "kl.estimator": "full",
+}
 
 
 # Name -> settings that differ from a recipe that runs, and parts of the one message: the rule, the value got, the
@@ -63,6 +70,10 @@ REFUSED = {
         ["min_new_tokens may not exceed max_new_tokens", "got 7 > 6", "lower generation.min_new_tokens"],
     ),
     # --- engine/combinations.py: sizes
+    "offloaded activations": (
+        {"zero.offload_activations": True},
+        ["what activation checkpointing saves", "with zero.activation_checkpointing false", "set the second to true"],
+    ),
     "minibatch above the iteration": (
         {"ppo.minibatch_sequences": 6},
         ["may not exceed the iteration", "minibatch_sequences 6 > 5", "prompts_per_iteration 5", "lower the first"],
@@ -78,6 +89,39 @@ REFUSED = {
     "rewards of one name": (
         {"rewards": [{"model": "reward"}, {"model": "other/reward"}]},
         ["distinct names", "got 'reward' 2 times", "give each a name: of its own"],
+    ),
+    # --- where the old log-probs come from
+    "importance weights of the sampler against itself": (
+        {"ppo.old_logprobs": "rollout", "ppo.importance_cap": 2},
+        ["by recomputed log-probs", "ppo.importance_cap 2 with ppo.old_logprobs rollout", "to recompute, or"],
+    ),
+    "importance weights on-policy": (
+        {**ON_POLICY, "ppo.importance_cap": 2.5},
+        ["by recomputed log-probs", "ppo.importance_cap 2.5 with ppo.old_logprobs on_policy", "to recompute, or"],
+    ),
+    "full KL in the reward without the pass": (
+        {"ppo.old_logprobs": "rollout", "kl.estimator": "full"},
+        ["needs the policy's whole distribution", "got ppo.old_logprobs rollout", "or kl.estimator to k1"],
+    ),
+    "full KL in an unused reward without the pass": (
+        {**ON_POLICY, "kl.placement": "reward", "kl.estimator": "full", "kl.kl_coef": 0},
+        ["needs the policy's whole distribution", "got ppo.old_logprobs on_policy", "or kl.estimator to k1"],
+    ),
+    "on-policy over two epochs": (
+        {**ON_POLICY, "ppo.epochs": 2},
+        ["one optimizer step per iteration", "got ppo.epochs 2", "of 5 sequences", "ppo.old_logprobs to rollout"],
+    ),
+    "on-policy over two minibatches": (
+        {**ON_POLICY, "ppo.minibatch_sequences": 3},
+        ["one optimizer step per iteration", "minibatch_sequences 3 of 5 sequences", "set them to 1 and 5"],
+    ),
+    "on-policy with the KL in the reward": (
+        {**ON_POLICY, "kl.placement": "reward", "kl.estimator": "k1"},
+        ["too late for a KL in the reward", "got kl.kl_coef 0.05", "set kl.placement to loss"],
+    ),
+    "on-policy with a KL stop": (
+        {**ON_POLICY, "ppo.target_kl": 0.1},
+        ["none to skip after it", "got ppo.target_kl 0.1", "set it to null"],
     ),
     # --- an actor that trains in full
     "full actor, reference on its base": (
@@ -509,6 +553,18 @@ ALLOWED = {
     "experts": ({"model.path": "mixtral"}, None),
     "flash attention's neighbours": ({"model.attn_implementation": "eager"}, None),
     "a minibatch of everything": ({"ppo.minibatch_sequences": 5}, None),
+    "on-policy": (ON_POLICY, None),
+    "on-policy, k2 with a controller": ({**ON_POLICY, "kl.estimator": "k2", "kl.target": 6}, None),
+    "on-policy without a KL": (
+        {**ON_POLICY, "kl.placement": "reward", "kl.estimator": "k1", "kl.kl_coef": 0},
+        None,
+    ),
+    "the sampler's log-probs, KL in the reward": ({"ppo.old_logprobs": "rollout", "ppo.target_kl": 0.1}, None),
+    "the sampler's log-probs, full KL in the loss": (
+        {"ppo.old_logprobs": "rollout", "kl.placement": "loss", "kl.estimator": "full"},
+        None,
+    ),
+    "importance weights": ({"ppo.importance_cap": 2}, None),
     "limits of the prompts' own": ({"data.max_new_tokens_column": "three", "generation.stop_strings": ["q"]}, None),
     "chats": (
         {
@@ -761,9 +817,7 @@ def packed_update(folder: str, model: dict, sections: dict, stage: str) -> dict:
     layers = [[type(m) for m in home.modules() if isinstance(m, Linear4bit | Linear8bitLt)] for home in homes]
     head = engine.critic.scorer.score.original_module if engine.critic else None
     before, start = engine.frozen_hash(), weights(engine)
-    rollout = sampled(engine, recipe)
-    evaluation = evaluated(engine, recipe, rollout)
-    rollout, evaluation = (map_rows(record, dist.all_gather_rows) for record in (rollout, evaluation))
+    rollout, evaluation = tiny.evaluated(engine, recipe, sampled(engine, recipe))
     mask = rollout.response_mask
     ones = torch.where(mask, 1.0, 0.0)
     experience = Experience(rollout, evaluation, torch.zeros(len(rollout)), torch.zeros(mask.shape), ones, ones)

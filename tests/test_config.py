@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerFast
 
 from engine.checks import check_files, warnings_of
 from engine.command_line import known_keys, load_recipe, nearest, recipe_text
-from engine.config import REPOSITORY, Recipe, RewardConfig, Section, locate
+from engine.config import REPOSITORY, Recipe, RewardConfig, locate
 from engine.errors import RecipeError
+from engine.section import Section
 
 RECIPES = sorted((REPOSITORY / "launch" / "recipes").glob("*.yaml"))
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
+from engine import causal
 from engine.config import REPOSITORY
-from tests import families
+from engine.replica import Replica
+from tests import families, tiny
 from tests.families import FAMILIES
 
 TOLERANCE = 1e-5
@@ -82,3 +84,21 @@ def test_the_table_has_a_row_for_each_family():
     assert header[3:-1] == list(families.COLUMNS)
     assert {name: row[1:3] for name, row in table.items()} == {n: [f.model_type, f.on] for n, f in FAMILIES.items()}
     assert all(float(row[-1]) < TOLERANCE for row in table.values())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_weights_that_visit_for_one_layer_compute_the_same(name, checkpoint):
+    """Every family reads its weights where the sampler expects it, with a cache too."""
+    replica = Replica(families.roles(families.recipe(checkpoint(name))))
+    ids, found = tiny.rollout().prompt_ids, []
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    for budget in (None, 0):
+        module = replica.fill(budget)
+        cache = DynamicCache(config=module.config)
+        first = causal.call(module, ids[:, :-1], mask[:, :-1], past_key_values=cache, use_cache=True)
+        then = causal.call(module, ids[:, -1:], mask, past_key_values=cache, use_cache=True)
+        found.append(torch.cat([first.logits, then.logits], 1))
+        assert (replica.resident_fraction == 0) == (budget == 0), "a weight that belongs to no group"
+        replica.free()
+    assert torch.equal(*found)

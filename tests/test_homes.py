@@ -5,10 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine import dist, reward_sources, zero
-from engine.batch import Evaluation, map_rows
-from engine.evaluation import evaluate
-from engine.reward_sources import Texts
+from engine import zero
 from engine.roles import ACTOR, CRITIC
 from engine.update import update
 from tests import tiny
@@ -43,21 +40,12 @@ HOMES = {
 STAGES = {"zero0": "ds_configs/zero0.json", "zero3": "tests/zero3_all_sharded.json"}
 
 
-def evaluated(engine, recipe, rollout) -> Evaluation:
-    texts = Texts(("p",) * len(rollout), ["r"] * len(rollout), ({},) * len(rollout))
-    sources = reward_sources.build(recipe, engine, None)
-    with engine.inference():
-        return evaluate(engine, sources, rollout, texts, recipe.kl, micro_batch_sequences=3)
-
-
 def one_iteration(settings: dict) -> dict:
     """On a rank: sampling, inference, update; what must agree, and what must not have moved."""
     recipe = tiny.recipe(**settings, kl={"estimator": "full", "placement": "loss"})
     engine = tiny.engine(recipe)
     before, start = engine.frozen_hash(), weights(engine)
-    rollout = sampled(engine, recipe)
-    evaluation = evaluated(engine, recipe, rollout)
-    rollout, evaluation = (map_rows(record, dist.all_gather_rows) for record in (rollout, evaluation))
+    rollout, evaluation = tiny.evaluated(engine, recipe, sampled(engine, recipe))
     mask = rollout.response_mask
     ones = torch.where(mask, 1.0, 0.0)
     experience = type(tiny.experience())(

@@ -97,6 +97,36 @@ def test_cutting_and_recomputing_change_nothing(pool, expected, stage, checkpoin
         assert_same(result, *expected["adapter"])
 
 
+def run_offloaded_update(settings: dict) -> tuple[dict, list[tuple]]:
+    """As `run_update`; also the shapes of the tensors that went to host memory."""
+    shapes = []
+
+    class Watched(torch.autograd.graph.save_on_cpu):
+        def __init__(self, pin_memory: bool):
+            super().__init__(pin_memory)
+            pack = self.pack_hook
+            self.pack_hook = lambda tensor: (shapes.append(tuple(tensor.shape)), pack(tensor))[1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.autograd.graph, "save_on_cpu", Watched)
+        return run_update(settings), shapes
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_inputs_of_layers_can_wait_in_host_memory(pool, expected, stage):
+    chosen = settings(stage, "adapter", micro=4, checkpointing=True)
+    chosen["zero"]["offload_activations"] = True
+    sizes = tiny.config()
+    for result, shapes in pool.run(run_offloaded_update, chosen):
+        assert_same(result, *expected["adapter"])
+        inputs = [shape for shape in shapes if len(shape) == 3 and shape[-1] == sizes.hidden_size]
+        forwards = 2 * 2 * 2  # epochs, minibatches (each one micro-batch), roles
+        assert len(inputs) >= forwards * sizes.num_hidden_layers
+        assert not any(shape[-1] == sizes.intermediate_size for shape in shapes if len(shape) == 3), (
+            "recomputed instead"
+        )
+
+
 @pytest.mark.parametrize("stage", ["zero0", "zero3"])
 def test_one_rank_makes_the_same_update(single, expected, stage):
     (result,) = single.run(run_update, settings(stage, "adapter"))

@@ -6,6 +6,9 @@ import ast
 import json
 import math
 import re
+import sys
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +25,7 @@ from engine.metrics import (
     append_jsonl,
     console_line,
     memory_metrics,
+    padding_fraction,
     rollout_metrics,
     update_metrics,
 )
@@ -84,7 +88,6 @@ def looped(experience) -> dict[str, float]:
     old, ref = of(evaluation.old_logprobs), of(evaluation.ref_logprobs)
     values, returns = of(evaluation.old_values), of(experience.returns)
     errors = [r - v for r, v in zip(returns, values, strict=True)]
-    drift = [s - o for s, o in zip(of(rollout.sampler_logprobs), old, strict=True)]
     return {
         "score/mean": mean(raw),
         "score/std": std(raw),
@@ -103,7 +106,6 @@ def looped(experience) -> dict[str, float]:
         "rollout/response_tokens_mean": mean(lengths),
         "rollout/eos_fraction": mean(rollout.ended.tolist()),
         "rollout/tokens": len(tokens),
-        "rollout/train_kl": mean(math.exp(-d) - 1 + d for d in drift),
     }
 
 
@@ -142,24 +144,31 @@ def test_ranks_of_unequal_size_give_the_global_mean(pool):
 
 
 STATS = UpdateStats(
-    sums={
-        "policy/tokens": 40,
-        "policy/loss_sum": -2.0,
-        "policy/clipped": 5,
-        "policy/dual_clipped": 1,
-        "policy/approx_kl_sum": 0.8,
-        "entropy_sum": 100.0,
-        "value/tokens": 40,
-        "value/loss_sum": 30.0,
-        "value/clipped": 10,
-        "kl_loss/loss_sum": 6.0,
-    },
+    sums=Counter(
+        {
+            "policy/tokens": 40,
+            "policy/loss_sum": -2.0,
+            "policy/clipped": 5,
+            "policy/dual_clipped": 1,
+            "policy/approx_kl_sum": 0.8,
+            "entropy_sum": 100.0,
+            "value/tokens": 40,
+            "value/loss_sum": 30.0,
+            "value/clipped": 10,
+            "kl_loss/loss_sum": 6.0,
+            "importance/weight_sum": 50.0,
+            "importance/capped": 2,
+        }
+    ),
     first_ratio_deviation=1e-6,
+    sampler_kl=3e-5,
     grad_norms={"actor": [1.0, 2.0, 6.0], "critic": [0.5, 0.25, 0.0]},
     learning_rates={"actor": 1e-4, "critic": 3e-4},
     steps=3,
     overflows=2,
     skipped=1,
+    real_tokens=60,
+    padded_tokens=95,
 )
 
 
@@ -171,6 +180,9 @@ def test_update_metrics_by_hand():
         "policy/approx_kl": 0.02,
         "policy/entropy": 2.5,
         "policy/first_ratio_deviation": 1e-6,
+        "policy/importance_weight": 1.25,
+        "policy/importance_capped_fraction": 0.05,
+        "rollout/train_kl": 3e-5,
         "value/loss": 0.75,
         "value/clip_fraction": 0.25,
         "kl/loss": 0.15,
@@ -189,6 +201,15 @@ def test_an_iteration_without_a_step_has_the_same_keys():
     found = update_metrics(UpdateStats(sums=STATS.sums, skipped=4))
     assert found.keys() == update_metrics(STATS).keys()
     assert [found[f"{kind}/{role}"] for kind in ("grad_norm", "lr") for role in ("actor", "critic")] == [0.0] * 4
+
+
+def test_padding_fraction_by_hand():
+    """Prompts of 2 and 4, responses of 3 and 1: 10 real tokens of 2 x (4 + 3) = 14 in one forward, then 60 of 95."""
+    made = take_rows(experience(), torch.arange(2))
+    rollout = replace(made.rollout, prompt_lengths=torch.tensor([2, 4]), response_lengths=torch.tensor([3, 1]))
+    evaluation = replace(made.evaluation, padded_lengths=torch.tensor([7, 7]))
+    made = replace(made, rollout=rollout, evaluation=evaluation)
+    assert padding_fraction(made, STATS) == pytest.approx(1 - 70 / 109)
 
 
 def updated(micro_batch_sequences: int) -> dict[str, float]:
@@ -248,6 +269,44 @@ def test_phase_clock_adds_up():
             sum(range(200_000))
     found = clock.metrics()
     assert found["cpu/training_seconds"] > 0 and 0 < found["time/training_seconds"] <= found["time/iteration_seconds"]
+
+
+def clocked() -> dict[str, float]:
+    dist.all_reduce(torch.ones(100))  # before the iteration
+    clock = PhaseClock()
+    with clock.phase("inference"):
+        dist.all_gather_rows([torch.ones(5, 2)])
+    with clock.phase("training"):
+        dist.all_reduce(torch.ones(3))
+    dist.all_reduce(torch.ones(1))  # between phases
+    return clock.metrics()
+
+
+@pytest.mark.dist
+def test_phase_clock_counts_what_comes_from_the_other_rank(pool):
+    counted = {
+        "comm/inference_gathered_bytes": 8 + 40,  # how many rows, and they
+        "comm/inference_reduced_bytes": 0,
+        "comm/training_gathered_bytes": 0,
+        "comm/training_reduced_bytes": 12,
+        "comm/gathered_bytes": 48,
+        "comm/reduced_bytes": 16,
+    }
+    for found in pool.run(clocked):
+        assert {name: value for name, value in found.items() if name.startswith("comm/")} == counted
+
+
+def memory_of_unequal_ranks() -> float:
+    with pytest.MonkeyPatch.context() as patch:
+        usage = type("Usage", (), {"ru_maxrss": 1000 + dist.rank()})
+        patch.setattr("resource.getrusage", lambda who: usage)
+        return memory_metrics()["memory/rss_peak_bytes"]
+
+
+@pytest.mark.dist
+def test_memory_is_that_of_the_largest_rank(pool):
+    unit = 1 if sys.platform == "darwin" else 1024
+    assert pool.run(memory_of_unequal_ranks) == [1001 * unit] * 2
 
 
 def test_memory_is_in_bytes():

@@ -6,9 +6,13 @@ import pytest
 import torch
 
 from engine import dist
-from engine.config import steps_per_iteration
-from engine.minibatches import micro_batches, minibatch_rows, rows_of_rank
+from engine.batch import Evaluation, take_rows
+from engine.config import PPOConfig, steps_per_iteration
+from engine.minibatches import balanced_shares, deal, micro_batches, minibatch_rows, padded_tokens, segment_lengths
+from engine.update import update
 from tests import tiny
+from tests.reference import Reference
+from tests.test_hybrid_engine import assert_same, run_update
 
 
 def whole(minibatches) -> list[int]:
@@ -40,16 +44,6 @@ def test_the_minibatch_size_does_not_change_the_order():
     assert whole(minibatch_rows(5, 6, 7, 30, 4)) == whole(minibatch_rows(5, 6, 7, 30, 9))
 
 
-@pytest.mark.parametrize("rows", [0, 1, 2, 5, 9])
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_ranks_share_out_a_minibatch(rows, world_size):
-    minibatch = torch.randperm(rows)
-    parts = [rows_of_rank(minibatch, rank, world_size) for rank in range(world_size)]
-    assert torch.equal(torch.cat(parts), minibatch)
-    sizes = [len(part) for part in parts]
-    assert max(sizes) - min(sizes) <= 1
-
-
 def test_steps_per_iteration_counts_the_short_minibatch():
     recipe = tiny.recipe(
         data={"prompts_per_iteration": 5, "samples_per_prompt": 2}, ppo={"epochs": 3, "minibatch_sequences": 4}
@@ -58,41 +52,223 @@ def test_steps_per_iteration_counts_the_short_minibatch():
     assert steps_per_iteration(recipe) == 3 * len(minibatch_rows(0, 0, 0, 10, 4))
 
 
-def test_micro_batches_of_one_process():
-    parts = micro_batches(torch.tensor([4, 1, 9, 0, 2]), 2)
-    assert [part.tolist() for part in parts] == [[4, 1], [9, 0], [2]]
-    assert [part.tolist() for part in micro_batches(torch.arange(0), 2)] == [[]], "no rows are one empty forward"
+# Dealing and cutting --------------------------------------------------------------------------------------------
+
+# Prompt and response tokens of ten rows, ragged in both.
+LENGTHS = torch.tensor(
+    [[8, 1], [2, 9], [5, 5], [1, 1], [8, 9], [3, 2], [7, 7], [1, 9], [4, 4], [6, 1]],
+)
+LONGEST = 17
+BUDGETS = [1, LONGEST, 20, 40, 10_000]
 
 
-CASES = [(5, 2), (1, 4), (7, 3), (8, 1), (0, 2)]
+def by_tokens(budget: int) -> PPOConfig:
+    return PPOConfig(tokens_per_micro_batch=budget)
 
 
-def minibatches_and_cuts() -> list[tuple[list[int], list[list[int]]]]:
-    """On a rank: the minibatch of each case, and this rank's cuts of its part."""
+def by_rows(rows: int) -> PPOConfig:
+    return PPOConfig(micro_batch_sequences=rows)
+
+
+def laid_out(part, lengths) -> int:
+    """A forward's tokens, by its shape: rows times (longest prompt + longest response)."""
+    rows = [lengths[row].tolist() for row in part.tolist()]
+    return len(rows) * (max(p for p, _ in rows) + max(r for _, r in rows)) if rows else 0
+
+
+def random_lengths(rows: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, 100, (rows, 2), generator=generator)
+
+
+@pytest.mark.parametrize("settings", [*map(by_tokens, BUDGETS), *map(by_rows, (1, 3, 99))])
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 10])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_a_plan_is_a_partition_with_as_many_forwards_on_every_rank(world_size, count, settings):
+    rows = torch.randperm(10, generator=torch.Generator().manual_seed(count))[:count]
+    plan = deal(rows, LENGTHS, settings, world_size)
+    assert len(plan) == world_size
+    assert sorted(row for own in plan for part in own for row in part.tolist()) == sorted(rows.tolist())
+    assert len({len(own) for own in plan}) == 1 and len(plan[0]) >= 1, "ZeRO-3 hangs when a rank runs fewer"
+    for own in plan:
+        if any(len(part) == 0 for part in own):
+            assert max(map(len, own)) <= 1, "an empty forward where a larger one could have been split"
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_the_budget_is_kept_unless_one_sequence_is_longer(budget, world_size):
+    for lengths in (LENGTHS, random_lengths(50, seed=budget)):
+        for own in deal(torch.arange(len(lengths)), lengths, by_tokens(budget), world_size):
+            for part in own:
+                assert laid_out(part, lengths) <= budget or len(part) == 1
+                assert padded_tokens(part, lengths) == laid_out(part, lengths)
+
+
+def test_a_budget_by_hand():
+    """Sums 17, 14, 11, 10, 10, 9, 8, 7, 5, 2 within 40 tokens; the width is longest prompt + longest response."""
+    (own,) = deal(torch.arange(10), LENGTHS, by_tokens(40), 1)
+    assert [part.tolist() for part in own] == [
+        [4, 6],  # (8, 9), (7, 7): 2 x 17 = 34; with (2, 9) 3 x 17 = 51
+        [1, 2],  # (2, 9), (5, 5): 2 x 14 = 28; with (1, 9) 42
+        [7, 0],  # (1, 9), (8, 1): 2 x 17 = 34; with (4, 4) 51
+        [8, 9, 5, 3],  # (4, 4), (6, 1), (3, 2), (1, 1): 4 x 10 = 40
+    ]
+
+
+def test_equal_lengths_stay_in_order():
+    (own,) = deal(torch.tensor([4, 2, 0, 3]), torch.full((5, 2), 3), by_tokens(12), 1)
+    assert [part.tolist() for part in own] == [[4, 2], [0, 3]]
+
+
+def test_a_budget_of_everything_is_one_forward():
+    assert [len(own) for own in deal(torch.arange(10), LENGTHS, by_tokens(170), 1)] == [1]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("seed", range(5))
+def test_no_rank_has_more_than_the_mean_and_one_sequence(world_size, seed):
+    lengths = random_lengths(30, seed)
+    plan = deal(torch.arange(30), lengths, by_tokens(500), world_size)
+    loads = [sum(lengths[row].sum().item() for part in own for row in part) for own in plan]
+    assert max(loads) <= lengths.sum().item() / world_size + lengths.sum(1).max().item()
+    assert max(loads) - min(loads) <= lengths.sum(1).max().item()
+
+
+def test_longest_first_by_hand():
+    """9 8 7 6 5 to two ranks: 9 | 8, then 7 to 8, 6 to 9 and 5 to one of 15 and 15, the first."""
+    first, second = balanced_shares(torch.tensor([10, 11, 12, 13, 14]), torch.tensor([5, 6, 7, 8, 9]), 2)
+    assert first.tolist() == [14, 11, 10] and second.tolist() == [13, 12]
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 9])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_without_a_budget_ranks_take_rows_in_order(count, world_size):
+    rows = torch.randperm(10)[:count]
+    plan = deal(rows, LENGTHS, by_rows(2), world_size)
+    assert [row for own in plan for part in own for row in part.tolist()] == rows.tolist()
+    sizes = [sum(map(len, own)) for own in plan]
+    assert max(sizes) - min(sizes) <= 1
+    assert all(len(part) <= 2 for own in plan for part in own)
+
+
+def test_a_rank_with_fewer_forwards_splits_its_largest():
+    """Nine rows, two at a time: rank 0 has five of them and makes three forwards, rank 1 four and would make two."""
+    lengths = torch.tensor([[1, 1]] * 7 + [[8, 9], [1, 1]])
+    first, second = deal(torch.arange(9), lengths, by_rows(2), 2)
+    assert [part.tolist() for part in first] == [[0, 1], [2, 3], [4]]
+    assert [part.tolist() for part in second] == [[5, 6], [7], [8]]
+
+
+def test_only_single_rows_leave_a_rank_an_empty_forward():
+    first, second = deal(torch.arange(3), LENGTHS, by_rows(1), 2)
+    assert [part.tolist() for part in first] == [[0], [1]]
+    assert [part.tolist() for part in second] == [[2], []]
+    assert padded_tokens(second[1], LENGTHS) == 0
+
+
+CASES = [([0, 1, 2, 3, 4], []), ([0], [1, 2, 3]), ([], [])]
+
+
+def own_rows_cut() -> list[list[list[int]]]:
+    """On a rank: its cuts in each case, by rows and by tokens."""
     found = []
-    for rows, size in CASES:
-        minibatch = torch.cat(minibatch_rows(0, 3, 1, rows, 4)) if rows else torch.arange(0)
-        mine = rows_of_rank(minibatch, dist.rank(), dist.world_size())
-        found.append((minibatch.tolist(), [part.tolist() for part in micro_batches(mine, size)]))
+    for both in CASES:
+        mine = LENGTHS[torch.tensor(both[dist.rank()], dtype=torch.int64)]
+        for settings in (by_rows(2), by_tokens(26)):
+            found.append([part.tolist() for part in micro_batches(mine, settings)])
     return found
 
 
 @pytest.mark.dist
-def test_two_ranks_cut_equally_often_and_cover_every_row_once(pool, single):
-    (alone,) = single.run(minibatches_and_cuts)
-    first, second = pool.run(minibatches_and_cuts)
-    for (rows, size), one, (minibatch, left), (same, right) in zip(CASES, alone, first, second, strict=True):
-        assert minibatch == same == one[0], "the minibatch depends on the world size"
-        assert len(left) == len(right) >= 1, "ZeRO-3 hangs when a rank runs fewer forwards"
-        assert all(len(part) <= size for part in left + right)
-        assert sorted(row for part in left + right for row in part) == list(range(rows))
+def test_ranks_agree_on_how_often_to_cut_what_each_brings(pool):
+    """Indices count from 0 on each rank; the lengths are those of LENGTHS."""
+    first, second = pool.run(own_rows_cut)
+    assert list(zip(first, second, strict=True)) == [
+        ([[0, 1], [2, 3], [4]], [[], [], []]),
+        ([[4], [1], [2, 0], [3]], [[], [], [], []]),
+        ([[0], []], [[0, 1], [2]]),
+        ([[0], []], [[0], [1, 2]]),
+        ([[]], [[]]),
+        ([[]], [[]]),
+    ]
 
 
-def lopsided() -> list[list[int]]:
-    rows = torch.arange(5) if dist.rank() == 0 else torch.arange(0)
-    return [part.tolist() for part in micro_batches(rows, 2)]
+# What it changes: nothing ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def plain_update():
+    reference = Reference(tiny.recipe(ppo={"entropy_coef": 0.01, "value_coef": 0.5}))
+    return reference.update(tiny.experience()), reference.weights()
+
+
+def budgeted(stage: str, budget: int) -> dict:
+    return {
+        "zero": {"ds_config": tiny.ds_config(stage)},
+        "ppo": {"tokens_per_micro_batch": budget, "entropy_coef": 0.01, "value_coef": 0.5},
+    }
+
+
+# One row at a time, a few, everything; the rows of tiny.rollout have 6 to 12 tokens.
+@pytest.mark.dist
+@pytest.mark.parametrize("stage, budget", [("zero3", 1), ("zero3", 24), ("zero3", 10_000), ("zero0", 24)])
+def test_two_ranks_make_the_plain_update_with_any_budget(pool, plain_update, stage, budget):
+    for result in pool.run(run_update, budgeted(stage, budget)):
+        assert_same(result, *plain_update)
 
 
 @pytest.mark.dist
-def test_a_rank_without_rows_gets_empty_ones(pool):
-    assert pool.run(lopsided) == [[[0, 1], [2, 3], [4]], [[], [], []]]
+@pytest.mark.parametrize("stage, budget", [("zero3", 1), ("zero0", 24)])
+def test_one_rank_makes_it_too(single, plain_update, stage, budget):
+    (result,) = single.run(run_update, budgeted(stage, budget))
+    assert_same(result, *plain_update)
+
+
+INFERENCE = [None, 1, 24, 10_000]
+
+
+def inference() -> list[Evaluation]:
+    """On a rank: the same rollout evaluated with each budget; rank 0 sampled six of its seven rows, or all."""
+    engine, found = tiny.engine(tiny.recipe()), []
+    mine = torch.arange(7).split([6, 1])[dist.rank()] if dist.world_size() == 2 else torch.arange(7)
+    for budget in INFERENCE:
+        recipe = tiny.recipe(ppo={"tokens_per_micro_batch": budget, "micro_batch_sequences": 3})
+        found.append(tiny.evaluated(engine, recipe, take_rows(tiny.rollout(), mine))[1])
+    engine.close()
+    return found
+
+
+@pytest.mark.dist
+def test_ranks_and_budgets_do_not_change_what_inference_finds(pool, single):
+    (alone,) = single.run(inference)
+    for evaluations in (alone, *pool.run(inference)):
+        for budget, evaluation in zip(INFERENCE, evaluations, strict=True):
+            for name, value in vars(evaluation).items():
+                if name != "padded_lengths":
+                    assert torch.allclose(value, getattr(alone[0], name), atol=1e-5), (budget, name)
+    # Prompts 3 5 5 3 5 4 4, responses 9 2 2 3 2 3 6; one rank in threes, two ranks in (0 1 2)(3) and (4 5)(6).
+    assert alone[0].padded_lengths.tolist() == [14, 14, 14, 8, 8, 8, 10]
+    assert alone[1].padded_lengths.tolist() == [12, 7, 7, 6, 7, 7, 10]
+    assert alone[3].padded_lengths.tolist() == [14] * 7
+    first, second = pool.run(inference)
+    assert first[0].padded_lengths.tolist() == second[0].padded_lengths.tolist() == [14, 14, 14, 6, 8, 8, 10]
+    assert first[1].padded_lengths.tolist() == [12, 7, 7, 6, 7, 7, 10]
+
+
+def counted(budget: int) -> tuple[int, int]:
+    """On a rank: real and padded tokens of an update."""
+    recipe = tiny.recipe(ppo={"tokens_per_micro_batch": budget})
+    engine = tiny.engine(recipe)
+    stats = update(engine, tiny.experience(), recipe, 0, 0.0, frozenset())
+    engine.close()
+    return stats.real_tokens, stats.padded_tokens
+
+
+@pytest.mark.dist
+def test_the_update_counts_its_padding(pool, single):
+    """Two epochs of 56 tokens; alone in its forward no row is padded; together each minibatch is one rectangle."""
+    assert pool.run(counted, 1) == [(112, 112)] * 2
+    lengths = segment_lengths(tiny.rollout())
+    minibatches = [rows for epoch in (0, 1) for rows in minibatch_rows(0, 0, epoch, 7, 4)]
+    assert single.run(counted, 10_000) == [(112, sum(laid_out(rows, lengths) for rows in minibatches))]

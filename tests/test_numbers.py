@@ -10,14 +10,13 @@ import torch
 from transformers import LlamaForCausalLM
 
 from engine import dist, models, ppo, zero
-from engine.batch import map_rows
 from engine.config import Recipe
 from engine.ds_config import read_ds_config
 from engine.hybrid_engine import HybridEngine
 from engine.roles import ACTOR, CRITIC, RolesModel
 from engine.update import update
 from tests import tiny
-from tests.test_homes import evaluated, weights
+from tests.test_homes import weights
 from tests.test_phases import sampled
 
 pytestmark = pytest.mark.dist
@@ -76,9 +75,7 @@ def invariants(folder: str, form: str, stage: str) -> dict:
     engine = loaded(recipe)
     before, start = engine.frozen_hash(), weights(engine)
     padding = padding_effect(engine)
-    rollout = sampled(engine, recipe)
-    evaluation = evaluated(engine, recipe, rollout)
-    rollout, evaluation = (map_rows(record, dist.all_gather_rows) for record in (rollout, evaluation))
+    rollout, evaluation = tiny.evaluated(engine, recipe, sampled(engine, recipe))
     mask = rollout.response_mask
     ones = torch.where(mask, 1.0, 0.0)
     record = type(tiny.experience())
@@ -125,9 +122,7 @@ def train_kl(folder: str, form: str, stage: str) -> list[float]:
     engine = loaded(recipe)
     found = []
     for iteration in range(3):
-        rollout = sampled(engine, recipe)
-        evaluation = evaluated(engine, recipe, rollout)
-        rollout, evaluation = (map_rows(record, dist.all_gather_rows) for record in (rollout, evaluation))
+        rollout, evaluation = tiny.evaluated(engine, recipe, sampled(engine, recipe))
         mask = rollout.response_mask
         k3 = ppo.kl_estimate(rollout.sampler_logprobs, evaluation.old_logprobs, "k3")
         found.append(ppo.masked_mean(k3, mask).item())

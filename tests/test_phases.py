@@ -9,11 +9,9 @@ import weakref
 import pytest
 import torch
 
-from engine import dist, reward_sources, zero
+from engine import dist, zero
 from engine.batch import map_rows, take_rows
-from engine.evaluation import evaluate
 from engine.randomness import Stream
-from engine.reward_sources import Texts
 from engine.roles import ACTOR, CRITIC
 from engine.rollout import generate
 from engine.stopping import Stops
@@ -69,13 +67,7 @@ def first_ratio(settings: dict, dtype: torch.dtype = torch.float32) -> tuple[flo
     recipe = tiny.recipe(**settings)
     engine = tiny.engine(recipe, dtype)
     rollout = sampled(engine, recipe)
-    with engine.inference():
-        rows = ("p",) * len(rollout)
-        texts = Texts(rows, list(rows), ({},) * len(rollout))
-        evaluation = evaluate(
-            engine, reward_sources.build(recipe, engine, None), rollout, texts, recipe.kl, micro_batch_sequences=3
-        )
-    rollout, evaluation = (map_rows(record, dist.all_gather_rows) for record in (rollout, evaluation))
+    rollout, evaluation = tiny.evaluated(engine, recipe, rollout)
     mask = rollout.response_mask
     sampler = (evaluation.old_logprobs - rollout.sampler_logprobs)[mask].abs().max().item()
     plain = tiny.experience()
@@ -106,6 +98,42 @@ def test_first_ratio_in_bfloat16_with_the_adapter_unmerged(pool):
     for deviation, sampler in pool.run(first_ratio, settings, torch.bfloat16):
         # Rounding of bfloat16 logits of size 4: 2^-6; measured 0.03 and 0.06.
         assert deviation < 0.1 and sampler < 0.15
+
+
+def evaluated_as(mode: str, placement: str, estimator: str) -> dict:
+    """On a rank: inference with and without its pass, after a sampler whose log-probs are off by 0.25 and more."""
+    one_step = {"epochs": 1, "minibatch_sequences": 7}
+    kl = {"placement": placement, "estimator": estimator}
+    plain = tiny.recipe(**on_stage("zero3", kl=kl, ppo=one_step))
+    engine, rollout = tiny.engine(plain), tiny.rollout()
+    off = torch.arange(rollout.sampler_logprobs.numel()).view(rollout.sampler_logprobs.shape) / 100 - 3
+    rollout = type(rollout)(**{**vars(rollout), "sampler_logprobs": off})
+    mine = take_rows(rollout, torch.arange(7).tensor_split(dist.world_size())[dist.rank()])
+    recomputed = tiny.evaluated(engine, plain, mine)[1]
+    asked, forward = [], engine.forward
+    engine.forward = lambda *arguments, **wanted: asked.append(wanted) or forward(*arguments, **wanted)
+    skipping = tiny.recipe(**on_stage("zero3", kl=kl, ppo={**one_step, "old_logprobs": mode}))
+    found = tiny.evaluated(engine, skipping, mine)[1]
+    engine.close()
+    return {"found": found, "recomputed": recomputed, "sampler": off, "mask": rollout.response_mask, "asked": asked}
+
+
+@pytest.mark.parametrize(
+    "mode, placement, estimator, used",
+    [("rollout", "reward", "k1", "k1"), ("rollout", "reward", "k3", "k3"), ("on_policy", "loss", "full", "k1")],
+)
+def test_without_a_pass_the_samplers_log_probs_stand_in(pool, mode, placement, estimator, used):
+    for result in pool.run(evaluated_as, mode, placement, estimator):
+        found, recomputed, mask = result["found"], result["recomputed"], result["mask"]
+        assert all(wanted["logprobs"] is False and not wanted["full_kl"] for wanted in result["asked"])
+        assert torch.equal(found.old_logprobs[mask], result["sampler"][mask])
+        for name in ("ref_logprobs", "old_values", "source_scores"):
+            assert torch.allclose(getattr(found, name), getattr(recomputed, name), atol=1e-6), name
+        d = (result["sampler"] - recomputed.ref_logprobs)[mask]
+        expected = {"k1": d, "k3": (-d).exp() - 1 + d}[used]
+        assert torch.allclose(found.kl[mask], expected, rtol=1e-4, atol=1e-5)
+        for name in ("old_logprobs", "ref_logprobs", "kl", "old_values"):
+            assert not getattr(found, name)[~mask].any(), "padding holds 0"
 
 
 def tokens_of(settings: dict) -> tuple:
@@ -197,13 +225,12 @@ def padded_and_alone(stage: str) -> list[float]:
         }
     )
     worst = []
+    everything = dict.fromkeys(("entropy", "values", "ref_logprobs", "full_kl"), True)
     with engine.inference():
-        together = engine.forward(rollout, torch.arange(7), values=True, ref_logprobs=True, full_kl=True)
-        padded = engine.forward(wider, torch.arange(7), values=True, ref_logprobs=True, full_kl=True)
+        together = engine.forward(rollout, torch.arange(7), **everything)
+        padded = engine.forward(wider, torch.arange(7), **everything)
         for row in range(7):
-            alone = engine.forward(
-                take_rows(rollout, torch.tensor([row])), torch.tensor([0]), values=True, ref_logprobs=True, full_kl=True
-            )
+            alone = engine.forward(take_rows(rollout, torch.tensor([row])), torch.tensor([0]), **everything)
             real = int(rollout.response_lengths[row])
             for name, value in vars(together).items():
                 one = getattr(alone, name)[0, :real]

@@ -58,7 +58,9 @@ FUNCTIONS = {
     "gae": (2, lambda mask, r, v: torch.stack(ppo.gae(r, v, mask, 0.9, 0.8))),
     "policy_loss": (3, lambda mask, p, o, a: ppo.policy_loss(p, o, a, mask, 0.2)[0]),
     "policy_loss_dual": (3, lambda mask, p, o, a: ppo.policy_loss(p, o, a, mask, 0.2, dual_clip=1.5)[0]),
+    "policy_loss_weighted": (4, lambda mask, p, o, a, w: ppo.policy_loss(p, o, a, mask, 0.2, weights=w)[0]),
     "policy_stats": (3, stats_of),
+    "ratio_stats": (2, lambda mask, p, o: torch.stack(list(ppo.ratio_stats(p, o, mask).values()))),
     "value_loss": (3, lambda mask, v, o, r: ppo.value_loss(v, o, r, mask, 0.2)[0]),
     "value_loss_unclipped": (3, lambda mask, v, o, r: ppo.value_loss(v, o, r, mask, None)[0]),
     "kl_loss_k2": (3, lambda mask, p, o, q: ppo.kl_loss(p, o, q, mask, "k2")[0]),
@@ -541,6 +543,71 @@ class TestPolicyLoss:
             ppo.policy_loss(*x, mask_of((1,), 1), 0.0)
         with pytest.raises(ValueError, match="dual_clip"):
             ppo.policy_loss(*x, mask_of((1,), 1), 0.2, dual_clip=1.0)
+
+
+class TestImportanceWeights:
+    # pi / mu of the four tokens: e^0, e^1, e^2, e^-1; with cap 2: 1, 2, 2, 0.36788
+    OLD, SAMPLER = [[-1.0, -1.0], [-1.0, -3.0]], [[-1.0, -2.0], [-3.0, -2.0]]
+
+    def test_weights_by_hand(self):
+        close(
+            ppo.importance_weights(f64(self.OLD), f64(self.SAMPLER), 2.0),
+            [[1.0, 2.0], [2.0, 0.36787944117144233]],
+        )
+
+    def test_a_weight_of_infinity_is_capped_and_nan_is_not_repaired(self):
+        weights = ppo.importance_weights(f64([[0.0, math.nan]]), f64([[-1000.0, -1.0]]), 2.0)
+        assert weights[0, 0] == 2 and weights[0, 1].isnan()
+
+    def test_the_loss_by_hand(self):
+        # ratio 1 and A = 1, 2, -1 on the three real tokens: -(1*1 + 2*2 + 2*-1) = -3, over 3 tokens; gradients -A w / 3
+        weights = ppo.importance_weights(f64(self.OLD), f64(self.SAMPLER), 2.0)
+        logprobs = f64(self.OLD).requires_grad_()
+        loss, stats = ppo.policy_loss(
+            logprobs, f64(self.OLD), f64([[1.0, 2.0], [-1.0, 5.0]]), mask_of((2, 1), 2), 0.2, weights=weights
+        )
+        close(loss, -1.0)
+        close(stats["loss_sum"], -3.0)
+        close(torch.autograd.grad(loss, logprobs)[0], [[-1 / 3, -4 / 3], [2 / 3, 0.0]])
+
+    def test_a_clipped_and_a_dual_clipped_loss_are_weighted_too(self):
+        # A = 2, ratio 1.5: -2.4 clipped; A = -2, ratio 5: at most 6 with dual_clip 3. Weights 0.5 and 2.
+        x = f64([[math.log(1.5), math.log(5.0)]]), torch.zeros(1, 2).double(), f64([[2.0, -2.0]])
+        loss, _ = ppo.policy_loss(*x, mask_of((2,), 2), 0.2, dual_clip=3.0, weights=f64([[0.5, 2.0]]))
+        close(loss, (-0.5 * 2.4 + 2 * 6) / 2)
+
+    def test_no_gradient_flows_into_the_weights(self):
+        x = [random(B, T, seed=seed).requires_grad_() for seed in range(3)]
+        loss, _ = ppo.policy_loss(*x, MASK, 0.2, weights=ppo.importance_weights(x[0], x[1], 1.1))
+        fixed = ppo.importance_weights(x[0], x[1], 1.1).detach()
+        plain, _ = ppo.policy_loss(*x, MASK, 0.2, weights=fixed)
+        for found, wanted in zip(torch.autograd.grad(loss, x), torch.autograd.grad(plain, x), strict=True):
+            assert torch.equal(found, wanted)
+        weights = torch.ones(B, T).double().requires_grad_()
+        loss, _ = ppo.policy_loss(*x, MASK, 0.2, weights=weights)
+        assert torch.autograd.grad(loss, weights, allow_unused=True) == (None,)
+
+    def test_their_mean_is_the_policy_gradient_of_pi_under_mu(self):
+        """Without a cap, sum_a mu(a) w(a) A(a) grad log pi(a) = sum_a pi(a) A(a) grad log pi(a), over five tokens."""
+        logits, other, advantages = random(5, seed=1).requires_grad_(), random(5, seed=2), random(5, seed=3)
+        pi, mu = logits.log_softmax(-1), other.log_softmax(-1)
+        expected = torch.autograd.grad(-(pi.detach().exp() * advantages * pi).sum(), logits)[0]
+        pi = logits.log_softmax(-1)
+        total = 0.0
+        for a in range(5):
+            one = pi[a].view(1, 1)
+            weights = ppo.importance_weights(one, mu[a].view(1, 1), 1e9)
+            loss, _ = ppo.policy_loss(
+                one, one.detach(), advantages[a].view(1, 1), mask_of((1,), 1), 0.2, weights=weights
+            )
+            total = total + mu[a].exp() * loss
+        close(torch.autograd.grad(total, logits)[0], expected)
+
+    def test_arguments(self):
+        with pytest.raises(ValueError, match="cap must be above 0, got 0"):
+            ppo.importance_weights(torch.zeros(1), torch.zeros(1), 0)
+        with pytest.raises(ValueError, match="must be equal"):
+            ppo.policy_loss(*[torch.zeros(1, 2)] * 3, mask_of((2,), 2), 0.2, weights=torch.ones(1, 1))
 
 
 class TestValueLoss:

@@ -8,9 +8,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from engine.checks import warnings_of
 from engine.command_line import load_recipe, parse
+from engine.workloads import recipe_of
 from tests.launching import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -36,6 +38,24 @@ def test_training_commands_parse(command):
     if "recipe.yaml" in arguments:  # stands for the reader's own
         arguments[arguments.index("recipe.yaml")] = "launch/recipes/quickstart.yaml"
     assert parse(arguments).iterations > 0
+
+
+def benchmarks() -> list[str]:
+    """The benchmark's commands, here and on its own page."""
+    page = re.findall(r"```sh\n(.*?)```", (ROOT / "docs/performance.md").read_text(), flags=re.DOTALL)
+    lines = commands() + [line for block in page for line in block.splitlines()]
+    return [line for line in lines if "launch/bench.py" in line]
+
+
+@pytest.mark.parametrize("command", benchmarks())
+def test_benchmark_commands_parse(command, tmp_path):
+    words = shlex.split(command)
+    name, *overrides = words[words.index("launch/bench.py") + 1 :]
+    if "--json" in overrides:  # the benchmark's own; the rest is the recipe's
+        at = overrides.index("--json")
+        del overrides[at : at + 2]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_of(name, tmp_path)))
+    assert parse([str(tmp_path / "recipe.yaml"), *overrides]).iterations == 4
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("make ")])

@@ -11,8 +11,7 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaF
 from engine import dist, reward_sources, zero
 from engine.batch import Rollout, take_rows
 from engine.errors import RunError
-from engine.evaluation import evaluate
-from engine.minibatches import rows_of_rank
+from engine.evaluation import evaluate, score
 from engine.reward_sources import RewardFunction, RewardModel, Texts
 from tests import tiny
 
@@ -153,7 +152,7 @@ def test_no_rows_need_no_call():
 
 
 def my_rows(rows: int = 7) -> torch.Tensor:
-    return rows_of_rank(torch.arange(rows), dist.rank(), dist.world_size())
+    return torch.arange(rows).tensor_split(dist.world_size())[dist.rank()]
 
 
 def evaluated(*names: str) -> str | list:
@@ -164,8 +163,8 @@ def evaluated(*names: str) -> str | list:
     try:
         with engine.inference():
             sources = reward_sources.build(recipe, engine=None, tokenizer=None)
-            rollout = take_rows(tiny.rollout(), rows)
-            return evaluate(engine, sources, rollout, texts(rows.tolist()), recipe.kl, 2).source_scores.tolist()
+            scores = score(sources, take_rows(tiny.rollout(), rows), texts(rows.tolist()))
+            return evaluate(engine, tiny.rollout(), scores, recipe).source_scores.tolist()
     except RuntimeError as error:
         return str(error)
     finally:
@@ -192,8 +191,8 @@ def shouts(prompts, responses, **columns):
 
 @pytest.mark.dist
 def test_several_sources_are_columns_in_the_recipes_order(pool):
-    found = [row for part in pool.run(evaluated, "shouts", "zeros") for row in part]
-    assert found == [[3.0 * row, 0.0] for row in range(7)]
+    for found in pool.run(evaluated, "shouts", "zeros"):
+        assert found == [[3.0 * row, 0.0] for row in range(7)]
 
 
 def zeros(prompts, responses, **columns):
@@ -250,9 +249,9 @@ def plainly(path: str, rollout: Rollout) -> list[float]:
     return found
 
 
-def scored(path: str, offload: str, rows_on_rank_0: int | None, micro: int) -> dict:
+def scored(path: str, offload: str, rows_on_rank_0: int | None, cut: dict) -> dict:
     """On a rank: its scores, and the state of the frozen parameters around the scoring."""
-    recipe = tiny.recipe(rewards=[{"model": path, "offload_param": offload}], ppo={"micro_batch_sequences": micro})
+    recipe = tiny.recipe(rewards=[{"model": path, "offload_param": offload}], ppo=cut)
     source = RewardModel(recipe.rewards[0], recipe, tokenizer=None)  # it has none of its own: it reads ids
     rows = my_rows()
     if rows_on_rank_0 is not None:
@@ -275,11 +274,20 @@ def scored(path: str, offload: str, rows_on_rank_0: int | None, micro: int) -> d
 
 @pytest.mark.dist
 @pytest.mark.parametrize("offload", ["none", "cpu"])
-@pytest.mark.parametrize("rows_on_rank_0, micro", [(None, 2), (7, 3), (0, 4)])
-def test_two_ranks_score_as_plain_transformers(pool, checkpoint, offload, rows_on_rank_0, micro):
+@pytest.mark.parametrize(
+    "rows_on_rank_0, cut",
+    [
+        (None, {"micro_batch_sequences": 2}),
+        (7, {"micro_batch_sequences": 3}),
+        (0, {"micro_batch_sequences": 4}),
+        (5, {"tokens_per_micro_batch": 24}),
+        (7, {"tokens_per_micro_batch": 1}),
+    ],
+)
+def test_two_ranks_score_as_plain_transformers(pool, checkpoint, offload, rows_on_rank_0, cut):
     expected = plainly(checkpoint, responses_with_end_tokens())
     assert max(expected) - min(expected) > 0.5, "scores that hardly differ prove nothing"
-    results = pool.run(scored, checkpoint, offload, rows_on_rank_0, micro)
+    results = pool.run(scored, checkpoint, offload, rows_on_rank_0, cut)
     found = [score for result in results for score in result["scores"]]
     assert found == pytest.approx(expected, abs=1e-5)
     for result in results:
@@ -305,9 +313,8 @@ def model_and_function(path: str) -> list:
     sources = reward_sources.build(recipe, engine=None, tokenizer=None)
     rows = my_rows()
     with engine.inference():
-        evaluation = evaluate(
-            engine, sources, take_rows(responses_with_end_tokens(), rows), texts(rows.tolist()), recipe.kl, 2
-        )
+        scores = score(sources, take_rows(responses_with_end_tokens(), rows), texts(rows.tolist()))
+        evaluation = evaluate(engine, responses_with_end_tokens(), scores, recipe)
     for source in sources:
         source.close()
     engine.close()
@@ -316,6 +323,6 @@ def model_and_function(path: str) -> list:
 
 @pytest.mark.dist
 def test_a_model_and_a_function_beside_the_trained_engine(pool, checkpoint):
-    found = torch.tensor([row for part in pool.run(model_and_function, checkpoint) for row in part])
-    assert found[:, 0].tolist() == pytest.approx(plainly(checkpoint, responses_with_end_tokens()), abs=1e-5)
-    assert found[:, 1].tolist() == [3.0 * row for row in range(7)]
+    for found in map(torch.tensor, pool.run(model_and_function, checkpoint)):
+        assert found[:, 0].tolist() == pytest.approx(plainly(checkpoint, responses_with_end_tokens()), abs=1e-5)
+        assert found[:, 1].tolist() == [3.0 * row for row in range(7)]

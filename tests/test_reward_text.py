@@ -18,9 +18,8 @@ from transformers import (
 )
 
 from engine import dist
-from engine.batch import Prompts, Rollout, map_rows
+from engine.batch import Prompts, Rollout, take_rows
 from engine.errors import RunError
-from engine.minibatches import rows_of_rank
 from engine.reward_sources import RewardModel, Texts
 from engine.reward_text import RewardText, other_tokenizer
 from tests import checkpoints, tiny
@@ -243,7 +242,10 @@ def plainly(path: str, sequences: list[list[int]]) -> list[float]:
         ]
 
 
-def scored(path: str, chat: bool, rows_on_rank_0: int | None, micro: int) -> tuple[list[float] | str, list[str]]:
+IN_PAIRS = {"micro_batch_sequences": 2}
+
+
+def scored(path: str, chat: bool, rows_on_rank_0: int | None, cut: dict) -> tuple[list[float] | str, list[str]]:
     """On a rank: the scores of its rows (or what it raises), and what it logs."""
     said = []
 
@@ -255,17 +257,15 @@ def scored(path: str, chat: bool, rows_on_rank_0: int | None, micro: int) -> tup
     logger.addHandler(listener)
     logger.setLevel("INFO")
     settings = {"messages_column": "chat"} if chat else {}
-    recipe = tiny.recipe(
-        rewards=[{"model": path, "name": "judge"}], ppo={"micro_batch_sequences": micro}, data=settings
-    )
+    recipe = tiny.recipe(rewards=[{"model": path, "name": "judge"}], ppo=cut, data=settings)
     source = RewardModel(recipe.rewards[0], recipe, policy_tokenizer())
-    rows = rows_of_rank(torch.arange(len(ROWS)), dist.rank(), dist.world_size())
+    rows = torch.arange(len(ROWS)).tensor_split(dist.world_size())[dist.rank()]
     if rows_on_rank_0 is not None:
         rows = (torch.arange(rows_on_rank_0), torch.arange(rows_on_rank_0, len(ROWS)))[dist.rank()]
     asked, rollout = sampled()
     mine = [int(row) for row in rows]
     asked = Prompts(*(x[rows] if torch.is_tensor(x) else tuple(x[r] for r in mine) for x in vars(asked).values()))
-    rollout = map_rows(rollout, lambda x: x[rows])
+    rollout = take_rows(rollout, rows)
     try:
         return source.score(rollout, Texts.of(asked, rollout, policy_tokenizer())).tolist(), said
     except RunError as error:
@@ -276,15 +276,18 @@ def scored(path: str, chat: bool, rows_on_rank_0: int | None, micro: int) -> tup
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("rows_on_rank_0", "micro"), [(None, 2), (7, 3), (0, 4)])
-def test_two_ranks_score_the_text_as_plain_transformers(pool, tmp_path, rows_on_rank_0, micro):
+@pytest.mark.parametrize(
+    ("rows_on_rank_0", "cut"),
+    [(None, IN_PAIRS), (7, {"micro_batch_sequences": 3}), (0, IN_PAIRS), (4, {"tokens_per_micro_batch": 50})],
+)
+def test_two_ranks_score_the_text_as_plain_transformers(pool, tmp_path, rows_on_rank_0, cut):
     path = save_reward(tmp_path, letters())
     sequences = [[*spelled(prompt + text), *[EOS] * ended] for prompt, _, ended, text in ROWS]
     # The BOS takes a position too: the fifth and the last text are longer than the model's.
     assert [1 + len(ids) > LONGEST for ids in sequences] == [False] * 4 + [True, False, True]
     expected = plainly(path, [[BOS, *ids[-(LONGEST - 1) :]] for ids in sequences])
     assert max(expected) - min(expected) > 0.5, "scores that hardly differ prove nothing"
-    (first, said), (second, nothing) = pool.run(scored, path, False, rows_on_rank_0, micro)
+    (first, said), (second, nothing) = pool.run(scored, path, False, rows_on_rank_0, cut)
     assert first + second == pytest.approx(expected, abs=1e-5)
     assert said == [
         "reward judge reads text: its tokenizer is another one",
@@ -303,7 +306,7 @@ def test_two_ranks_score_chats_in_the_reward_models_template(pool, tmp_path):
             for prompt, _, ended, text in ROWS
         ],
     )
-    (first, said), (second, _) = pool.run(scored, path, True, None, 2)
+    (first, said), (second, _) = pool.run(scored, path, True, None, IN_PAIRS)
     assert first + second == pytest.approx(expected, abs=1e-5)
     assert said == ["reward judge reads text: its tokenizer is another one"]
 
@@ -312,7 +315,7 @@ def test_two_ranks_score_chats_in_the_reward_models_template(pool, tmp_path):
 def test_a_text_that_cannot_be_read_stops_all_ranks(pool, tmp_path):
     """The conversation is on rank 1; rank 0 would wait for it in the next collective."""
     template = CHAT + "{% if 'tale' in messages[0].content %}{{ raise_exception('no tales') }}{% endif %}"
-    (first, _), (second, _) = pool.run(scored, save_reward(tmp_path, letters(template)), True, None, 2)
+    (first, _), (second, _) = pool.run(scored, save_reward(tmp_path, letters(template)), True, None, IN_PAIRS)
     assert first == second
     for part in ("rank 1", "reward judge", "no tales", "a long tale"):
         assert part in first

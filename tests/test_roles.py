@@ -9,9 +9,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import LlamaForCausalLM
 
+from engine import causal
 from engine.adapters import lora_config
 from engine.replica import Replica
-from engine.roles import ACTOR, CRITIC, REFERENCE, Layout, ReferenceModel, RolesModel, response_logits
+from engine.roles import ACTOR, CRITIC, REFERENCE, Layout, ReferenceModel, RolesModel
 from tests import tiny
 from tests.reference import Reference
 
@@ -33,7 +34,7 @@ def test_every_output_equals_separate_models_without_padding(home):
     recipe = tiny.recipe(critic={"home": home}, generation={"temperature": 0.7})
     model, reference, base = tiny.roles(recipe), Reference(recipe), tiny.llama()
     with torch.no_grad():
-        output = model.outputs(layout(), values=True, ref_logprobs=True, full_kl=True)
+        output = model.outputs(layout(), entropy=True, values=True, ref_logprobs=True, full_kl=True)
         for row, p, r, ids in rows():
             logprobs, entropy, values = reference.sequence(tiny.experience(), row)
             wanted = (base(ids).logits[0, p - 1 : p + r - 1].double() / 0.7).log_softmax(-1)
@@ -79,16 +80,90 @@ def test_a_new_critic_has_no_opinion():
     assert torch.equal(output.logprobs, output.ref_logprobs), "a new adapter must be the base"
 
 
-def test_the_logits_of_another_reference_are_used():
-    model, other = tiny.roles(tiny.recipe()), ReferenceModel(tiny.llama(seed=8), temperature=1.0)
-    with torch.no_grad():
-        logits = other(layout())
-        output = model.outputs(layout(), ref_logprobs=True, full_kl=True, ref_logits=logits)
-    logp = logits.log_softmax(-1)
-    assert torch.allclose(output.ref_logprobs, logp.gather(-1, layout().response_ids[..., None])[..., 0], atol=1e-6)
-    with torch.no_grad():
-        policy = response_logits(model.causal, layout(), 1.0)[0].log_softmax(-1)
-    assert torch.allclose(output.full_kl, (policy.exp() * (policy - logp)).sum(-1), atol=1e-5)
+@torch.no_grad()
+def test_another_reference_is_used():
+    model, other, where = tiny.roles(tiny.recipe()), ReferenceModel(tiny.llama(seed=8), temperature=0.7), layout()
+    reference = other(where, as_hidden=True), other.head.whole_copy()
+    model.temperature = model.head.temperature = 0.7
+    output = model.outputs(where, ref_logprobs=True, full_kl=True, reference=reference)
+    assert torch.allclose(other(where), output.ref_logprobs, atol=1e-6)
+    for row, p, r, ids in rows():
+        logp, logq = (
+            (m(ids).logits[0, p - 1 : p + r - 1] / 0.7).log_softmax(-1) for m in (model.causal, tiny.llama(seed=8))
+        )
+        assert torch.allclose(output.ref_logprobs[row, :r], logq[torch.arange(r), ids[0, p:]], atol=1e-5)
+        assert torch.allclose(output.full_kl[row, :r], (logp.exp() * (logp - logq)).sum(-1), atol=1e-5)
+
+
+@pytest.mark.parametrize("critic", ["adapter", "trunk"])
+@torch.no_grad()
+def test_what_is_not_asked_for_is_not_computed(critic):
+    model, seen = tiny.roles(tiny.recipe(critic={"home": critic})), []
+    whole = model.outputs(layout(), entropy=True, values=True, ref_logprobs=True)
+    model.causal.model.register_forward_hook(lambda *_: seen.append(model._role))
+    some = model.outputs(layout(), logprobs=False, values=True, ref_logprobs=True)
+    assert seen == [REFERENCE, CRITIC if critic == "adapter" else ACTOR]
+    assert some.logprobs is None and some.entropy is None and some.full_kl is None
+    assert torch.equal(some.values, whole.values) and torch.equal(some.ref_logprobs, whole.ref_logprobs)
+    seen.clear()
+    assert model.outputs(layout()).values is None and seen == [ACTOR]
+
+
+def test_a_trunk_shares_one_forward():
+    """Values and log-probs of the actor's hidden states cost one pass, and one backward for both losses."""
+    model, seen = tiny.roles(tiny.recipe(critic={"home": "trunk"})), []
+    backbone = model.causal.model
+    backbone.register_forward_hook(lambda *_: seen.append("forward"))
+    backbone.layers[0].register_full_backward_hook(lambda *_: seen.append("backward"))
+    output = model.outputs(layout(), values=True)
+    (output.logprobs.sum() + output.values.sum()).backward()
+    assert seen == ["forward", "backward"]
+
+
+def test_padding_never_reaches_the_head():
+    model, seen = tiny.roles(tiny.recipe()), []
+    model.value_head.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    model.head.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    output = model.outputs(layout(), entropy=True, values=True, ref_logprobs=True, full_kl=True)
+    tokens = int(tiny.rollout().response_lengths.sum())
+    assert seen == [tokens, tokens], "one call of the head for actor and reference"
+    padding = ~tiny.rollout().response_mask
+    assert all(not value[padding].any() for value in vars(output).values())
+
+
+@pytest.mark.parametrize("lora", [{"modules_to_save": ["lm_head"]}, {"targets": ["lm_head", "q_proj"]}])
+def test_a_head_with_an_adapter_follows_the_role(lora):
+    """Values and gradients are those of the model's own forward in that role."""
+    model, where = tiny.roles(tiny.recipe(actor={"lora": lora})), layout()
+    found = model.outputs(where, entropy=True, entropy_grad=True, ref_logprobs=True, full_kl=True)
+    logp = {}
+    for role in (ACTOR, REFERENCE):
+        with model.acting_as(role):
+            logits = causal.call(model.causal, where.sequences, where.mask, use_cache=False).logits
+        logp[role] = logits[:, -where.response_width - 1 : -1].log_softmax(-1)
+    ids, mask = where.sequences[:, -where.response_width :, None], where.response_mask
+    p, q = logp[ACTOR], logp[REFERENCE].detach()
+    wanted = {
+        "logprobs": p.gather(-1, ids)[..., 0],
+        "entropy": -(p.exp() * p).sum(-1),
+        "ref_logprobs": q.gather(-1, ids)[..., 0],
+        "full_kl": (p.exp() * (p - q)).sum(-1),
+    }
+    own = [p for name, p in model.role_parameters(ACTOR).items() if "lm_head" in name]
+    assert own and (logp[ACTOR] - logp[REFERENCE]).abs().max() > 0.1
+    gradients = []
+    for values in (vars(found), wanted):
+        loss = (values["logprobs"] - 2 * values["entropy"] + 3 * values["full_kl"])[mask].sum()
+        gradients.append(torch.autograd.grad(loss, list(model.role_parameters(ACTOR).values())))
+    assert all(torch.allclose(getattr(found, name)[mask], value[mask], atol=1e-5) for name, value in wanted.items())
+    assert all(torch.allclose(one, other, atol=1e-4, rtol=1e-4) for one, other in zip(*gradients, strict=True))
+
+
+def test_the_head_adds_no_name():
+    model = tiny.roles(tiny.recipe())
+    assert not [name for name, _ in model.named_parameters() if name.startswith("head.")]
+    assert not [name for name in model.state_dict() if name.startswith("head.")]
+    model.load_state_dict(model.state_dict())
 
 
 @pytest.mark.parametrize("detached", [False, True])

@@ -1,12 +1,12 @@
-"""Sampling as a pure function of weights, seed, draw, sample and position; decoding against the naive way."""
+"""Decoding against the naive way, whatever decodes beside it; what ends a response."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders
@@ -15,13 +15,14 @@ from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from engine import models
+from engine import rollout as rollout_module
 from engine.batch import Prompts
 from engine.config import DataConfig, GenerationConfig, ModelConfig
 from engine.prompts import PromptSource, load_prompts
-from engine.randomness import Stream
-from engine.rollout import generate, sample, token_uniforms
+from engine.rollout import generate
 from engine.stopping import Stops
 from tests import checkpoints, tiny
+from tests.decoding import assert_same_row, naive, several_each, take
 
 END = (7, 11)
 STOPS = Stops(END)
@@ -38,70 +39,11 @@ def letters():
     return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>")
 
 
-def take(prompts: Prompts, rows: list[int]) -> Prompts:
-    index = torch.tensor(rows, dtype=torch.int64)
-    tensors = {
-        f.name: getattr(prompts, f.name)[index]
-        for f in dataclasses.fields(prompts)
-        if isinstance(getattr(prompts, f.name), torch.Tensor)
-    }
-    return Prompts(
-        **tensors,
-        texts=tuple(prompts.texts[r] for r in rows),
-        columns=tuple(prompts.columns[r] for r in rows),
-    )
-
-
-def naive(module, prompts: Prompts, row: int, settings: GenerationConfig, seed: int, tokenizer=None):
-    """One row alone: no padding, no cache, the whole sequence again for every token, the draw as a Python loop.
-
-    With a tokenizer its ids alone are drawn, and the settings' stop strings end the response: all its text, every time.
-    """
-    length = int(prompts.prompt_lengths[row])
-    ids = prompts.prompt_ids[row, -length:].tolist()
-    counter = [0, 0, int(prompts.samples[row]), int(prompts.draws[row])]
-    uniforms = np.random.Generator(np.random.Philox(key=[seed, 0], counter=counter)).random(100)
-    response, logprobs, margins, ended = [], [], [], False
-    for position in range(min(settings.max_new_tokens, int(prompts.max_new_tokens[row]))):
-        with torch.no_grad():
-            logits = module(input_ids=torch.tensor([ids + response])).logits[0, -1].double()
-        scaled = logits / (settings.temperature or 1.0)
-        p = (scaled - scaled.logsumexp(0)).exp().tolist()
-        weights = list(p)
-        if position < settings.min_new_tokens:
-            weights = [0.0 if token in END else w for token, w in enumerate(weights)]
-        if tokenizer is not None:
-            weights = [w if token < len(PIECES) else 0.0 for token, w in enumerate(weights)]
-        if settings.temperature == 0:
-            token = max(range(len(weights)), key=lambda i: (weights[i], -i))
-        else:
-            target, running, token = uniforms[position] * sum(weights), 0.0, None
-            for candidate, weight in enumerate(weights):
-                running += weight
-                margins.append(abs(running - target))
-                if running > target and token is None:
-                    token = candidate
-        response.append(token)
-        logprobs.append(float(np.log(p[token])))
-        text = tokenizer.decode(response) if tokenizer is not None and position >= settings.min_new_tokens else ""
-        if token in END or any(string in text for string in settings.stop_strings):
-            ended = True
-            break
-    return response, logprobs, min(margins, default=1.0), ended
-
-
 def assert_naive(module, prompts: Prompts, settings: GenerationConfig, seed: int, tokenizer=None):
     """Sample, and compare every row with the naive way."""
     rollout = generate(module, prompts, settings, Stops(END, settings.stop_strings, tokenizer), seed)
     for row in range(len(prompts)):
-        response, logprobs, margin, ended = naive(module, prompts, row, settings, seed, tokenizer)
-        length = int(rollout.response_lengths[row])
-        assert margin > 1e-6, "the draw lies on a boundary: choose another seed for this test"
-        assert rollout.response_ids[row, :length].tolist() == response
-        assert rollout.sampler_logprobs[row, :length].tolist() == pytest.approx(logprobs, abs=1e-4)
-        assert bool(rollout.ended[row]) == ended
-        assert rollout.response_ids[row, length:].eq(0).all(), "a finished response must not be written on"
-        assert rollout.response_mask[row].sum() == len(response)
+        assert_same_row(rollout, row, naive(module, prompts, row, settings, seed, END, tokenizer))
     return rollout
 
 
@@ -118,21 +60,36 @@ def module(request):
 
 
 @pytest.mark.parametrize(
-    "settings",
+    "drawing",
     [
-        GenerationConfig(max_new_tokens=12, batch_sequences=3),
-        GenerationConfig(max_new_tokens=12, temperature=0.7, batch_sequences=64),
-        GenerationConfig(max_new_tokens=12, temperature=0.0),
-        GenerationConfig(max_new_tokens=12, min_new_tokens=5, temperature=1.5),
+        {},
+        {"temperature": 0.0},
+        {"temperature": 0.7, "top_k": 5},
+        {"temperature": 1.5, "top_p": 0.8, "min_new_tokens": 5},
+        {"temperature": 1.5, "top_k": 12, "top_p": 0.7},
     ],
+    ids=str,
 )
-def test_cached_batched_decoding_is_the_naive_one(module, settings):
-    assert_naive(module, tiny.prompts(rows=8), settings, seed=5)
+def test_however_it_is_batched_decoding_is_the_naive_one(module, drawing, monkeypatch):
+    monkeypatch.setattr(
+        rollout_module, "SPARE_COLUMNS", 2
+    )  # the cache moves to the front of its buffers again and again
+    settings = GenerationConfig(max_new_tokens=12, **drawing)
+    limits = torch.tensor([12, 12, 3, 12, 1, 12, 8, 12, 12])
+    prompts = dataclasses.replace(several_each(tiny.prompts(rows=3), 3), max_new_tokens=limits)
+    expected = [naive(module, prompts, row, settings, 5, END) for row in range(len(prompts))]
+    for concurrent, continuous in itertools.product((1, 3, 64), (True, False)):
+        changes = {"max_concurrent_sequences": concurrent, "continuous_batching": continuous}
+        rollout = generate(module, prompts, settings.model_copy(update=changes), STOPS, seed=5)
+        for row, wanted in enumerate(expected):
+            assert_same_row(rollout, row, wanted)
 
 
 @pytest.mark.parametrize("least", [0, 6])
 def test_stop_strings_end_responses(module, letters, least):
-    settings = GenerationConfig(max_new_tokens=24, min_new_tokens=least, stop_strings=STRINGS, batch_sequences=9)
+    settings = GenerationConfig(
+        max_new_tokens=24, min_new_tokens=least, stop_strings=STRINGS, max_concurrent_sequences=9
+    )
     rollout = assert_naive(module, tiny.prompts(rows=24), settings, 5, letters)
     last = rollout.response_ids[torch.arange(24), rollout.response_lengths - 1]
     stopped = rollout.ended & ~torch.isin(last, torch.tensor(END))
@@ -151,7 +108,7 @@ def test_ids_that_are_no_token_are_not_drawn(module, letters, settings):
 
 def test_each_prompt_has_its_own_limit(module):
     """Its response is the unlimited one up to there, whoever decodes beside it for longer."""
-    free, settings = tiny.prompts(rows=12), GenerationConfig(max_new_tokens=20, batch_sequences=5)
+    free, settings = tiny.prompts(rows=12), GenerationConfig(max_new_tokens=20, max_concurrent_sequences=5)
     limits = torch.tensor([1, 20, 3, 2, 7, 12, 1, 20, 5, 4, 9, 16])
     whole = generate(module, free, settings, STOPS, seed=3)
     cut = generate(module, dataclasses.replace(free, max_new_tokens=limits), settings, STOPS, seed=3)
@@ -164,16 +121,20 @@ def test_each_prompt_has_its_own_limit(module):
 
 
 class Scripted(torch.nn.Module):
-    """Rows say what is written for them, token by token, and then "h"."""
+    """Says what is written for a prompt, which begins with its line's number, and then "h"; it reads the cache."""
 
-    def __init__(self, *lines: str):
+    def __init__(self, *lines: str, prompt: int):
         super().__init__()
         self.script = [[IDS[piece] for piece in line.split()] + [IDS["h"]] * 50 for line in lines]
-        self.config, self.weight, self.step = tiny.llama().config, torch.nn.Parameter(torch.zeros(1)), -1
+        self.config, self.weight, self.prompt = tiny.config(), torch.nn.Parameter(torch.zeros(1)), prompt
 
     def forward(self, input_ids, attention_mask, past_key_values, use_cache, logits_to_keep):
-        self.step += 1
-        said = torch.tensor([line[self.step] for line in self.script])
+        states = input_ids[:, None, :, None].expand(-1, 2, -1, -1).float()
+        for layer in range(self.config.num_hidden_layers):
+            keys, values = past_key_values.update(states, -states, layer)
+        assert torch.equal(keys, -values)
+        read = [ids[real].int().tolist() for ids, real in zip(keys[:, 0, :, 0], attention_mask.bool(), strict=True)]
+        said = torch.tensor([self.script[ids[0]][len(ids) - self.prompt] for ids in read])
         return SimpleNamespace(logits=1e4 * functional.one_hot(said, len(PIECES))[:, None].float())
 
 
@@ -182,12 +143,13 @@ def said(letters, *lines: str, prompt: str = "h", end_ids=(IDS["<eos>"],), limit
     ids = [IDS[piece] for piece in prompt.split()]
     prompts = dataclasses.replace(
         tiny.prompts(rows=len(lines)),
-        prompt_ids=torch.tensor([ids] * len(lines)),
-        prompt_lengths=torch.full((len(lines),), len(ids)),
+        prompt_ids=torch.tensor([[row, *ids] for row in range(len(lines))]),
+        prompt_lengths=torch.full((len(lines),), 1 + len(ids)),
         **({"max_new_tokens": torch.tensor(limits)} if limits else {}),
     )
     chosen = GenerationConfig(**{"max_new_tokens": 6, "stop_strings": STRINGS, **settings})
-    rollout = generate(Scripted(*lines), prompts, chosen, Stops(end_ids, chosen.stop_strings, letters), seed=0)
+    module, stops = Scripted(*lines, prompt=1 + len(ids)), Stops(end_ids, chosen.stop_strings, letters)
+    rollout = generate(module, prompts, chosen, stops, seed=0)
     rows = zip(rollout.response_ids.tolist(), rollout.response_lengths.tolist(), rollout.ended.tolist(), strict=True)
     return [(" ".join(PIECES[i] for i in ids[:length]), ended) for ids, length, ended in rows]
 
@@ -228,49 +190,6 @@ def test_a_response_does_not_depend_on_its_company(module, letters):
         apart = generate(module, take(prompts, rows), settings, stops, seed=1)
         assert torch.equal(apart.response_ids, together.response_ids[rows])
         assert torch.allclose(apart.sampler_logprobs, together.sampler_logprobs[rows], atol=1e-5)
-
-
-def test_draw_sample_seed_and_stream_are_the_key():
-    def first(seed=0, stream=Stream.TRAINING, draw=3, sample_index=0):
-        return token_uniforms(seed, stream, torch.tensor([draw]), torch.tensor([sample_index]), 6)
-
-    assert torch.equal(first(), first())
-    others = [first(seed=1), first(stream=Stream.EVALUATION), first(draw=4), first(sample_index=1)]
-    for other in others:
-        assert not torch.isclose(first(), other).any()
-    # More positions don't shift the earlier ones.
-    longer = token_uniforms(0, Stream.TRAINING, torch.tensor([3]), torch.tensor([0]), 50)
-    assert torch.equal(longer[:, :6], first())
-
-
-def test_draws_follow_the_distribution():
-    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).expand(20000, 4)
-    uniforms = torch.from_numpy(np.random.default_rng(0).random(20000))
-    tokens, _ = sample(logits, uniforms, GenerationConfig(temperature=2.0))
-    expected = (torch.tensor([0.0, 0.5, 1.0, -0.5]).double()).softmax(0)
-    counted = torch.bincount(tokens, minlength=4) / 20000
-    assert torch.allclose(counted.double(), expected, atol=0.012)  # about 3.5 standard deviations
-
-
-def test_top_k_and_top_p_restrict_the_draw_and_leave_the_logprobs_alone():
-    # Probabilities 0.4, 0.3, 0.2, 0.1, in this order of ids: 2, 0, 3, 1.
-    probabilities = torch.tensor([[0.3, 0.1, 0.4, 0.2]])
-    logits = probabilities.log()
-
-    def drawn(**settings):
-        grid = torch.linspace(0, 1, 1001, dtype=torch.float64)[:-1]
-        tokens, logprobs = sample(logits.expand(1000, 4), grid, GenerationConfig(**settings))
-        assert torch.allclose(logprobs.exp(), probabilities[0, tokens], atol=1e-6), "log-probs of the full softmax"
-        counts = torch.bincount(tokens, minlength=4) / 1000
-        return [round(c, 2) for c in counts.tolist()]
-
-    assert drawn() == [0.3, 0.1, 0.4, 0.2]
-    assert drawn(top_k=2) == [0.43, 0.0, 0.57, 0.0]  # 3/7, 4/7
-    assert drawn(top_p=0.6) == [0.43, 0.0, 0.57, 0.0]  # 0.4 is not enough, 0.7 is
-    assert drawn(top_p=0.3) == [0.0, 0.0, 1.0, 0.0]  # the likeliest always stays
-    assert drawn(top_k=3, top_p=0.75) == [0.43, 0.0, 0.57, 0.0]  # of the 0.9 kept, 0.675 is reached by two
-    tied, _ = sample(torch.zeros(1, 4), torch.tensor([0.99], dtype=torch.float64), GenerationConfig(top_k=2))
-    assert tied.item() == 1, "ties: the lower ids stay"
 
 
 def test_no_rows_and_one_token():

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from engine import ppo
-from engine.batch import Evaluation, Experience, Prompts, Rollout
+from engine import dist, ppo, reward_sources
+from engine.batch import Evaluation, Experience, Prompts, Rollout, map_rows
 from engine.config import Recipe
+from engine.evaluation import evaluate, score
 from engine.hybrid_engine import HybridEngine
+from engine.reward_sources import Texts
 from engine.roles import ACTOR, CRITIC, ReferenceModel, RolesModel, ValueModel
 
 VOCABULARY = 50
@@ -68,6 +70,20 @@ def recipe(**sections) -> Recipe:
 def _merge(old: dict, new: dict) -> dict:
     both = {k: _merge(old[k], new[k]) for k in old.keys() & new.keys() if isinstance(old[k], dict)}
     return {**old, **new, **both}
+
+
+def texts(rows: int) -> Texts:
+    """Texts for rewards that don't read them."""
+    return Texts(("p",) * rows, ["r"] * rows, ({},) * rows)
+
+
+def evaluated(engine: HybridEngine, settings: Recipe, mine: Rollout, sources=None) -> tuple[Rollout, Evaluation]:
+    """Scores of this rank's rows, the gathering, inference: the rows of all ranks (a collective)."""
+    sources = reward_sources.build(settings, engine, None) if sources is None else sources
+    with engine.inference():
+        scores = score(sources, mine, texts(len(mine)))
+        rollout = map_rows(mine, dist.all_gather_rows)
+        return rollout, evaluate(engine, rollout, scores, settings)
 
 
 def length_reward(prompts, responses, **columns) -> list[float]:
@@ -151,6 +167,7 @@ def experience(rows: int = 7, seed: int = 5) -> Experience:
         kl=noise(0.0, 0.1),
         old_values=values,
         source_scores=torch.randn(rows, 1, generator=generator),
+        padded_lengths=sampled.prompt_lengths + sampled.response_lengths,
     )
     advantages = ppo.masked_whiten(returns - values, mask)
     return Experience(sampled, evaluation, evaluation.source_scores[:, 0], returns, advantages, returns)

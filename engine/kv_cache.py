@@ -1,0 +1,240 @@
+"""The key-value cache of rows that come and go: preallocated, no copy of it per token, a slot per row.
+
+Every row's tokens are contiguous and end at the one column that all rows write next, so a row is known by its first:
+
+    column      0 1 2 3 4 5 6 7 8 9
+    row 0           a a a a a a            a prompt of 4 that has decoded 2 tokens
+    row 1               b b b b            taken in later: its prefill was copied to where it ends now
+    row 2             c c c c c            beyond these rows lie free slots
+                    ^ start     ^ end      attention sees the rows' columns from start to end, and the mask the rest
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PretrainedConfig
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+)
+
+
+@dataclass
+class _Span:
+    """Where the live rows lie in the buffers of all layers."""
+
+    rows: int = 0
+    start: int = 0
+    """The leftmost column that a row uses."""
+    end: int = 0
+    """The column that the next token is written to."""
+
+
+class _AttentionRows(CacheLayerMixin):
+    """Keys and values of an attention layer, `[rows, heads, columns, width]`; the two may differ in width.
+
+    A layer with a sliding window keeps all columns, and shows the last ones.
+    """
+
+    def __init__(self, like: DynamicLayer, span: _Span, rows: int, columns: int):
+        super().__init__()
+        self.span = span
+        self.sliding_window = getattr(like, "sliding_window", None)
+        self.is_sliding = self.sliding_window is not None
+        self.buffers = [new.new_zeros(rows, new.shape[1], columns, new.shape[3]) for new in (like.keys, like.values)]
+        self.is_initialized = True
+
+    def append(self, prefilled: DynamicLayer, sources: Tensor) -> None:
+        rows, end = slice(self.span.rows, self.span.rows + len(sources)), self.span.end
+        for buffer, new in zip(self.buffers, (prefilled.keys, prefilled.values), strict=True):
+            # The mask hides what an earlier row left in this slot, but 0 * nan is nan.
+            buffer[rows, :, : end - new.shape[2]] = 0
+            buffer[rows, :, end - new.shape[2] : end] = new[sources]
+
+    def keep(self, order: Tensor) -> None:
+        moved = torch.nonzero(order != torch.arange(len(order), device=order.device)).flatten()
+        for buffer in self.buffers if len(moved) else ():
+            buffer[moved, :, : self.span.end] = buffer[order[moved], :, : self.span.end]
+
+    def shift(self, end: int) -> None:
+        """Move the live columns left, so that they end at `end`."""
+        start, rows = end - (self.span.end - self.span.start), self.span.rows
+        for buffer in self.buffers:
+            buffer[:rows, :, start:end] = buffer[:rows, :, self.span.start : self.span.end].clone()  # they overlap
+
+    # ---- what transformers asks of a layer
+
+    def lazy_initialization(self, *states, **named_states) -> None:
+        """Nothing: the buffers are there from the start."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Write one token of every live row; views of all that its attention sees."""
+        rows, end = self.span.rows, self.span.end
+        start = end + 1 - self._visible()
+        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:rows, :, end] = new[:, :, 0]
+        self.keys, self.values = (buffer[:rows, :, start : end + 1] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def _visible(self) -> int:
+        """Columns that the next token sees, its own included."""
+        columns = self.get_seq_length() + 1
+        return min(columns, self.sliding_window) if self.is_sliding else columns
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._visible(), self.get_seq_length() + 1 - self._visible()
+
+    def get_seq_length(self) -> int:
+        return self.span.end - self.span.start
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class _StateRows(LinearAttentionLayer):
+    """States of a recurrent or convolution layer, one per row whatever its length."""
+
+    def __init__(self, like: LinearAttentionLayer, *sizes):
+        super().__init__(like.number_of_states)
+
+    def append(self, prefilled: LinearAttentionLayer, sources: Tensor) -> None:
+        _append_states(self, prefilled, sources)
+
+    def keep(self, order: Tensor) -> None:
+        self.reorder_cache(order)
+
+    def shift(self, end: int) -> None:
+        """Nothing: states have no columns."""
+
+
+def _append_states(layer: LinearAttentionLayer, prefilled: LinearAttentionLayer, sources: Tensor) -> None:
+    for name in ("conv_states", "recurrent_states"):
+        states = getattr(layer, name)
+        for index, new in getattr(prefilled, name).items():
+            if new is not None:
+                states[index] = new[sources] if states[index] is None else torch.cat([states[index], new[sources]])
+    for name in ("is_conv_states_initialized", "is_recurrent_states_initialized", "has_previous_state"):
+        setattr(layer, name, dict(getattr(prefilled, name)))
+    layer.conv_kernel_size = dict(prefilled.conv_kernel_size)
+    layer.device, layer.dtype = prefilled.device, prefilled.dtype
+
+
+class _HybridRows(_AttentionRows, LinearAttentionAndFullAttentionLayer):
+    """A layer with both (Falcon-H1)."""
+
+    def __init__(self, like: LinearAttentionAndFullAttentionLayer, span: _Span, rows: int, columns: int):
+        _AttentionRows.__init__(self, like, span, rows, columns)
+        LinearAttentionLayer.__init__(self, like.number_of_states)
+
+    def append(self, prefilled: LinearAttentionAndFullAttentionLayer, sources: Tensor) -> None:
+        _AttentionRows.append(self, prefilled, sources)
+        _append_states(self, prefilled, sources)
+
+    def keep(self, order: Tensor) -> None:
+        _AttentionRows.keep(self, order)
+        LinearAttentionLayer.reorder_cache(self, order)
+
+
+_LAYERS = {
+    DynamicLayer: _AttentionRows,
+    DynamicSlidingWindowLayer: _AttentionRows,
+    LinearAttentionLayer: _StateRows,
+    LinearAttentionAndFullAttentionLayer: _HybridRows,
+}
+
+
+def can_move_rows(config: PretrainedConfig) -> bool:
+    """Whether a model of this config keeps nothing but what `MovingRows` can take apart by row."""
+    layers = DynamicCache(config=config).layers
+    return bool(layers) and all(type(layer) in _LAYERS for layer in layers)
+
+
+class MovingRows:
+    """The cache of the rows that decode at the moment.
+
+    Args:
+        rows: most rows at a time.
+        prompt_columns: the longest prompt's length.
+        columns: of the buffers; more than prompt and response of any row together. When the last one is full, the live
+            ones move to the front: each spare column puts that off by a token.
+    """
+
+    def __init__(self, rows: int, prompt_columns: int, columns: int):
+        self.cache = Cache(layers=[])
+        self.span = _Span(end=prompt_columns)
+        self._sizes = (rows, columns)
+        self._prompt_columns = prompt_columns
+        self._starts: Tensor  # [rows] int64, each row's first column
+
+    def append(self, prefilled: DynamicCache, lengths: Tensor, sources: Tensor) -> None:
+        """Take in rows `sources` of a prefill, each as often as it is named.
+
+        Args:
+            prefilled: the cache of prompts that were padded on the left.
+            lengths: `[rows of the prefill]` real tokens of each.
+            sources: `[new rows]` int64, on the cache's device.
+        """
+        span = self.span
+        if not self.cache.layers:
+            self.cache.layers += [_LAYERS[type(layer)](layer, span, *self._sizes) for layer in prefilled.layers]
+            self._starts = lengths[:0]
+        if span.rows == 0:
+            span.end = self._prompt_columns
+        for layer, new in zip(self.cache.layers, prefilled.layers, strict=True):
+            layer.append(new, sources)
+        self._starts = torch.cat([self._starts, span.end - lengths[sources]])
+        self._live(span.rows + len(sources))
+
+    def keep(self, order: Tensor) -> None:
+        """Go on with rows `order` alone (int64, on the cache's device), in this order; each that moves is copied."""
+        for layer in self.cache.layers:
+            layer.keep(order)
+        self._starts = self._starts[order]
+        self._live(len(order))
+
+    def _live(self, rows: int) -> None:
+        self.span.rows = rows
+        self.span.start = int(self._starts.min()) if rows else self.span.end
+
+    def next_mask(self) -> Tensor:
+        """`[rows, columns in sight]` bool, True on real tokens, the next one included."""
+        columns = torch.arange(self.span.start, self.span.end + 1, device=self._starts.device)
+        return columns >= self._starts[:, None]
+
+    def advance(self) -> None:
+        """The token of this column has been written in every layer."""
+        self.span.end += 1
+        if self.span.end == self._sizes[1]:
+            end = max(self.span.end - self.span.start, self._prompt_columns)
+            for layer in self.cache.layers:
+                layer.shift(end)
+            self._starts -= self.span.end - end
+            self.span.end = end
+            self._live(self.span.rows)
+
+
+class FixedRows:
+    """The same for a model whose cache can't be taken apart: the rows of one prefill, which come and go together."""
+
+    def append(self, prefilled: DynamicCache, lengths: Tensor, sources: Tensor) -> None:
+        assert torch.equal(sources, torch.arange(len(lengths), device=sources.device))
+        self.cache, self._lengths = prefilled, lengths
+        self._columns = int(lengths.max()) + 1
+
+    def keep(self, order: Tensor) -> None:
+        assert len(order) == 0
+        del self.cache
+
+    def next_mask(self) -> Tensor:
+        columns = torch.arange(self._columns, device=self._lengths.device)
+        return columns >= (self._columns - 1 - self._lengths)[:, None]
+
+    def advance(self) -> None:
+        self._columns += 1
+        self._lengths = self._lengths + 1

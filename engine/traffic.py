@@ -1,0 +1,56 @@
+"""How many bytes collectives move: a running count of this process, fed by engine/dist.py and by DeepSpeed's backend.
+
+A rank of n receives, on average over the ranks, (n - 1) / n of the whole in an all-gather, a broadcast, a reduction to
+one rank and a reduce-scatter, and twice that in an all-reduce: it is a reduce-scatter and an all-gather (the accounting
+of nccl-tests, PERFORMANCE.md). The whole is the gathered tensor, or the one that is reduced. One rank alone receives
+nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+
+from torch import Tensor
+
+received = {"gathered": 0.0, "reduced": 0.0}
+"""Bytes since the process began."""
+
+# DeepSpeed's backend: the method, what it counts as, how often the whole passes, and the argument that holds the whole.
+# Where DeepSpeed passes no names, that argument is the first one.
+_COLLECTIVES = (
+    ("all_gather_into_tensor", "gathered", 1, "output_tensor"),
+    ("all_gather", "gathered", 1, "tensor_list"),
+    ("all_gather_coalesced", "gathered", 1, "output_tensors"),
+    ("broadcast", "gathered", 1, "tensor"),
+    ("reduce_scatter_tensor", "reduced", 1, "input_tensor"),
+    ("reduce_scatter", "reduced", 1, "input_list"),
+    ("reduce", "reduced", 1, "tensor"),
+    ("all_to_all_single", "reduced", 1, "input"),  # ZeRO++ reduces quantized gradients by it
+    ("all_reduce", "reduced", 2, "tensor"),
+    ("all_reduce_coalesced", "reduced", 2, "tensors"),
+    ("inference_all_reduce", "reduced", 2, "tensor"),
+)
+
+
+def count(kind: str, whole: Tensor | Iterable[Tensor], ranks: int, passes: int = 1) -> None:
+    """Add a collective of `ranks` ranks over `whole`, which passes through once or twice."""
+    tensors = [whole] if isinstance(whole, Tensor) else whole
+    received[kind] += passes * sum(tensor.nbytes for tensor in tensors) * (ranks - 1) / ranks
+
+
+def watch(backend) -> None:
+    """Count every collective that goes through DeepSpeed's backend object from now on: a few Python lines for each."""
+    for method, kind, passes, argument in _COLLECTIVES:
+        setattr(backend, method, _counted(getattr(backend, method), kind, passes, argument, backend.get_world_size))
+
+
+def _counted(collective: Callable, kind: str, passes: int, argument: str, group_size: Callable) -> Callable:
+    @functools.wraps(collective)
+    def counting(*args, **named):
+        whole = named[argument] if argument in named else args[0]
+        group = named["group"] if "group" in named else args[2]  # always third where it has no name
+        count(kind, whole, group_size(group), passes)
+        return collective(*args, **named)
+
+    return counting
