@@ -1364,6 +1364,14 @@ MUTANTS += [
         "apart = self.reference is not None and not full_kl",
         "apart = False",
         "the KL is that to the base, whatever the reference",
+        "test_vocabulary_head_ranks.py::test_a_shared_engine_may_have_nothing_to_do[zero0]",
+    ),
+    ranks(
+        "own-reference-ignored-in-full-kl",
+        "hybrid_engine",
+        "if self.reference is not None and full_kl:",
+        "if False:",
+        "the full KL is that to the base, whatever the reference",
         f"{HOMES}::test_a_reference_moves_the_kl",
     ),
     # --- two processes: float16 and quantized weights
@@ -1607,5 +1615,30 @@ MUTANTS += [
         "if True:",
         "zero.offload_activations does nothing",
         "test_hybrid_engine.py::test_inputs_of_layers_can_wait_in_host_memory",
+    ),
+    # --- engine/fused_lora.py
+    alone(
+        "fused-without-scale",
+        "fused_lora",
+        "result.addmm_(low, b.t(), alpha=scaling)",
+        "result.addmm_(low, b.t())",
+        "the adapter's scale is forgotten",
+        "test_fused_lora.py::test_outputs_and_gradients_are_those_of_peft",
+    ),
+    alone(
+        "fused-gradient-to-b-unscaled",
+        "fused_lora",
+        "(into.t() @ low).mul_(ctx.scaling)",
+        "(into.t() @ low)",
+        "B learns at another rate than A",
+        "test_fused_lora.py::test_outputs_and_gradients_are_those_of_peft",
+    ),
+    alone(
+        "fused-input-of-the-base-alone",
+        "fused_lora",
+        "(into @ weight).addmm_(to_low, a)",
+        "(into @ weight)",
+        "layers below don't hear of the adapter",
+        "test_fused_lora.py::test_outputs_and_gradients_are_those_of_peft",
     ),
 ]
