@@ -1,7 +1,7 @@
 """The records that phases hand to each other: typed, checked once when made, never patched.
 
 Shapes: `[B]` one per sequence, `[B, T]` with T the prompt's padded length P or the response's padded length R.
-Prompts are padded on the left and responses on the right, so that prompt + response is one contiguous run.
+Prompts are padded on the left, where sampling goes on at the right; responses, and both together, on the right.
 """
 
 from __future__ import annotations
@@ -70,15 +70,22 @@ class Rollout:
         return length_mask(self.response_lengths, self.response_ids.shape[1])
 
     @property
+    def sequence_lengths(self) -> Tensor:
+        """`[B]` tokens of prompt and response."""
+        return self.prompt_lengths + self.response_lengths
+
+    @property
     def sequences(self) -> Tensor:
-        """`[B, P + R]` prompt and response, padded on both outer sides."""
-        return torch.cat([self.prompt_ids, self.response_ids], dim=1)
+        """`[B, L]` prompt and response, L tokens the longest, padded on the right."""
+        lengths, prompts = self.sequence_lengths, self.prompt_ids.shape[1]
+        at = torch.arange(int(lengths.max()) if len(self) else 0) + (prompts - self.prompt_lengths)[:, None]
+        both = torch.cat([self.prompt_ids, self.response_ids], dim=1)
+        return both.gather(1, at.clamp(max=both.shape[1] - 1))
 
     @property
     def sequence_mask(self) -> Tensor:
-        """`[B, P + R]`, True on real tokens: what the model may attend to."""
-        prompt_mask = length_mask(self.prompt_lengths, self.prompt_ids.shape[1]).flip(1)
-        return torch.cat([prompt_mask, self.response_mask], dim=1)
+        """`[B, L]`, True on real tokens: what the model may attend to."""
+        return length_mask(self.sequence_lengths, self.sequences.shape[1])
 
     def __len__(self) -> int:
         return self.response_ids.shape[0]

@@ -133,7 +133,14 @@ def check_ds_config(raw: dict) -> list[str]:
 
 
 def resolve_ds_config(
-    raw: dict, *, dtype: str, world_size: int, micro_batch: int, trainable_parameters: int, largest_adapter: int = 0
+    raw: dict,
+    *,
+    dtype: str,
+    world_size: int,
+    micro_batch: int,
+    trainable_parameters: int,
+    largest_adapter: int = 0,
+    prefetch_elements: int = 50_000_000,
 ) -> dict:
     """`raw` with every "auto" and every omission that matters here filled in.
 
@@ -144,6 +151,7 @@ def resolve_ds_config(
         micro_batch: most sequences of one forward of one rank. DeepSpeed reports with it, no result depends on it.
         trainable_parameters: elements that train, over all roles and ranks.
         largest_adapter: elements of the largest matrix of an adapter; 0: there is none.
+        prefetch_elements: how much ZeRO-3 fetches ahead.
 
     Raises:
         RecipeError: everything in `raw` that contradicts these.
@@ -164,7 +172,7 @@ def resolve_ds_config(
     config["gradient_clipping"] = 0.0
     problems += _resolve_dtype(config, dtype)
     if isinstance(config.get("zero_optimization", {}), dict):
-        problems += _resolve_zero(config, trainable_parameters, largest_adapter)
+        problems += _resolve_zero(config, trainable_parameters, largest_adapter, prefetch_elements)
     left = _autos(config)
     if left:
         problems.append(f'no value is known for "auto" at {", ".join(left)}; write a number or leave the key out')
@@ -192,17 +200,20 @@ def _resolve_dtype(config: dict, dtype: str) -> list[str]:
     return problems
 
 
-def _resolve_zero(config: dict, trainable_parameters: int, largest_adapter: int) -> list[str]:
+def _resolve_zero(config: dict, trainable_parameters: int, largest_adapter: int, prefetch: int) -> list[str]:
     zero = config.setdefault("zero_optimization", {})
     stage = zero.setdefault("stage", 0)
     bucket = max(1, min(trainable_parameters, LARGEST_AUTO_BUCKET))
     for key in ("reduce_bucket_size", "allgather_bucket_size"):
         if zero.get(key, "auto") == "auto":
             zero[key] = bucket
-    # These walk over frozen weights too, and are limits, not allocations: to fetch ahead, DeepSpeed's own default.
+    # These walk over frozen weights too, and are limits, not allocations.
     # An adapter that is whole on every rank isn't gathered in each forward, and its layer can be fused (fused_lora).
     whole = max(SMALL_PARAMETER, largest_adapter)
-    for key, value in (("prefetch_bucket_size", 50_000_000), ("param_persistence_threshold", whole)):
+    for key, value in (
+        ("prefetch_bucket_size", prefetch),
+        ("param_persistence_threshold", whole),
+    ):
         for name in (key, f"stage3_{key}"):
             if zero.get(name) == "auto":
                 zero[name] = value

@@ -10,7 +10,7 @@ from engine.batch import Evaluation, Rollout
 from engine.config import Recipe
 from engine.errors import RunError
 from engine.hybrid_engine import HybridEngine
-from engine.minibatches import deal, padded_tokens, segment_lengths
+from engine.minibatches import deal, padded_tokens
 from engine.reward_sources import RewardSource, Texts
 
 
@@ -43,7 +43,7 @@ def evaluate(engine: HybridEngine, rollout: Rollout, source_scores: Tensor, reci
     """
     recompute, estimator = recipe.ppo.old_logprobs == "recompute", recipe.kl.estimator
     wanted = {"logprobs": recompute, "ref_logprobs": True, "values": True, "full_kl": recompute and estimator == "full"}
-    lengths = segment_lengths(rollout)
+    lengths = rollout.sequence_lengths
     plan = deal(torch.arange(len(rollout)), lengths, recipe.ppo, dist.world_size())
     parts = []
     for rows in plan[dist.rank()]:

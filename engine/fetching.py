@@ -12,6 +12,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+PREFETCH = 50_000_000
+"""DeepSpeed's default."""
+
 
 def decoder_layers(module: nn.Module) -> list[nn.Module]:
     """The blocks that transformers says belong together, of every model inside.
@@ -22,6 +25,15 @@ def decoder_layers(module: nn.Module) -> list[nn.Module]:
     models = [part for part in module.modules() if isinstance(part, PreTrainedModel)]
     names = {name for model in models for name in model._no_split_modules or ()}
     return [part for part in module.modules() if type(part).__name__ in names]
+
+
+def prefetch_elements(module: nn.Module) -> int:
+    """How much to fetch ahead: one layer while another computes, within DeepSpeed's default.
+
+    More would be gathered into one buffer: of a small model all of it, anew in each forward.
+    """
+    layers = ((getattr(p, "ds_numel", p.numel()) for p in layer.parameters()) for layer in decoder_layers(module))
+    return min(max(map(sum, layers), default=PREFETCH), PREFETCH)
 
 
 def kind_of(function=None, *arguments, **asked) -> Hashable:

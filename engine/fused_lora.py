@@ -2,17 +2,27 @@
 
 peft computes the base's product, A's and B's, scales and adds, each a tensor of its own: at rank 16 that traffic costs
 more than A and B themselves. And under ZeRO-3 DeepSpeed's hooks run around each of peft's modules.
+
+What comes in is kept for A's gradient. Of a gated feed-forward, that is act(gate) * up, as wide as a layer gets and
+cheap to compute again: gate and up alone are kept, which autograd would keep beside it, and act(gate) too.
 """
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
+import torch
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd import Function
+
+GATED = re.compile(r"self\.down_proj\(self\.act_fn\(self\.gate_proj\((\w+)\)\) \* self\.up_proj\(\1\)\)")
+"""What the forward of Llama's feed-forward says, and of those of its many heirs in transformers."""
 
 
 def fuse(model: nn.Module, whole: Callable[[nn.Parameter], bool] = lambda parameter: True) -> int:
@@ -31,6 +41,9 @@ def fuse(model: nn.Module, whole: Callable[[nn.Parameter], bool] = lambda parame
         layer.base_layer.update = partial(_active, layer)
         layer.base_layer.__class__ = _AdaptedLinear
         layer.__class__ = _Through
+    for module in model.modules():
+        if _gated(module):
+            module.forward = partial(_gated_forward, module)
     return len(found)
 
 
@@ -54,6 +67,31 @@ def _plain(layer: LoraLinear) -> bool:
     )
 
 
+def _gated(module: nn.Module) -> bool:
+    """Whether a module is a gated feed-forward, to the letter, whose last layer is fused and takes what we hand it."""
+    if type(getattr(module, "down_proj", None)) is not _Through:
+        return False
+    parts = (module.down_proj, module.down_proj.base_layer)
+    hooked = any(part._forward_hooks or part._forward_pre_hooks for part in parts)  # they would look for a tensor
+    return not hooked and GATED.search(inspect.getsource(type(module).forward)) is not None
+
+
+def _gated_forward(module: nn.Module, x: Tensor) -> Tensor:
+    return module.down_proj(_Product(module.act_fn, module.gate_proj(x), module.up_proj(x)))
+
+
+@dataclass(frozen=True)
+class _Product:
+    """act(gate) * up, not computed yet."""
+
+    act: Callable[[Tensor], Tensor]
+    gate: Tensor
+    up: Tensor
+
+    def compute(self) -> Tensor:
+        return self.act(self.gate) * self.up
+
+
 def _active(layer: LoraLinear) -> tuple[Tensor, Tensor, float] | None:
     """A, B and s of the adapter that shapes the forward; None: the base computes alone."""
     for name in layer.active_adapters:
@@ -65,7 +103,7 @@ def _active(layer: LoraLinear) -> tuple[Tensor, Tensor, float] | None:
 class _Through(LoraLinear):
     """A LoRA layer that leaves its work to the base layer, around which DeepSpeed's hooks fetch W."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | _Product) -> Tensor:
         return self.base_layer(x)
 
 
@@ -74,40 +112,66 @@ class _AdaptedLinear(nn.Linear):
 
     update: Callable[[], tuple[Tensor, Tensor, float] | None]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | _Product) -> Tensor:
         update = self.update()
         if update is None:
-            return super().forward(x)
-        return _AdaptedProduct.apply(x, self.weight, self.bias, *update)
+            return super().forward(x.compute() if isinstance(x, _Product) else x)
+        if isinstance(x, _Product):
+            return _AdaptedProduct.apply(self.weight, self.bias, *update, x.act, x.gate, x.up)
+        return _AdaptedProduct.apply(self.weight, self.bias, *update, None, x)
 
 
 class _AdaptedProduct(Function):
     """x W^T + bias + s (x A^T) B^T, with the update added in place by the matrix product itself.
 
-    W and the bias are frozen. W is saved as the parameter it is: ZeRO-3 lets its data go and fetches it again.
+    x is the one input, or act(gate) * up. W and the bias are frozen. W is saved as the parameter it is: ZeRO-3 lets its
+    data go and fetches it again.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    def forward(
+        ctx,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
+        act: Callable[[Tensor], Tensor] | None,
+        *inputs: Tensor,
+    ) -> Tensor:
+        x = inputs[0] if act is None else _Product(act, *inputs).compute()
         rows = x.reshape(-1, x.shape[-1])
         low = rows @ a.t()
         result = rows @ weight.t()
         if bias is not None:
             result += bias
         result.addmm_(low, b.t(), alpha=scaling)
-        ctx.save_for_backward(rows, weight, a, b, low)
-        ctx.scaling = scaling
+        ctx.save_for_backward(weight, a, b, low, *inputs)
+        ctx.scaling, ctx.act = scaling, act
         return result.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, a, b, low = ctx.saved_tensors
-        needs_x, *_, needs_a, needs_b, _ = ctx.needs_input_grad
+        weight, a, b, low, *inputs = ctx.saved_tensors
+        _, _, needs_a, needs_b, _, _, *needs_inputs = ctx.needs_input_grad
         into = upstream.reshape(-1, upstream.shape[-1])
         to_low = (into @ b).mul_(ctx.scaling)
-        to_x = None
-        if needs_x:
-            to_x = (into @ weight).addmm_(to_low, a).view(*upstream.shape[:-1], -1)
-        to_a = to_low.t() @ rows if needs_a else None
         to_b = (into.t() @ low).mul_(ctx.scaling) if needs_b else None
-        return to_x, None, None, to_a, to_b, None
+        to_x = None
+        if any(needs_inputs):
+            to_x = (into @ weight).addmm_(to_low, a).view(*upstream.shape[:-1], -1)
+        x, to_inputs = inputs[0], [to_x]
+        if ctx.act is not None:
+            x, to_inputs = _again(ctx.act, inputs, to_x)
+        to_a = to_low.t() @ x.reshape(-1, x.shape[-1]) if needs_a else None
+        return None, None, to_a, to_b, None, None, *to_inputs
+
+
+def _again(
+    act: Callable[[Tensor], Tensor], inputs: list[Tensor], upstream: Tensor | None
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """act(gate) * up once more, and from its gradient those of gate and up."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    with torch.enable_grad():
+        product = _Product(act, *leaves).compute()
+    return product.detach(), (None, None) if upstream is None else torch.autograd.grad(product, leaves, upstream)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from engine import device_memory, dist, fused_lora, models, zero
-from engine.batch import Rollout, length_mask
+from engine import device_memory, dist, fetching, fused_lora, models, zero
+from engine.batch import Rollout, take_rows
 from engine.config import ModelConfig, OptimizerSettings, Recipe, steps_per_iteration
 from engine.ds_config import read_ds_config, resolve_ds_config
 from engine.replica import Replica
@@ -212,16 +212,11 @@ class HybridEngine:
             return self.engine(self.roles.scores, role, ids.to(self.device), mask.to(self.device))
 
     def _layout(self, rollout: Rollout, rows: Tensor) -> Layout:
-        """Rows trimmed to their own longest prompt and response."""
+        """Some rows, trimmed to the longest of them."""
         if len(rows) == 0:
             ids = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
-            return Layout(ids, torch.ones_like(ids, dtype=torch.bool), response_width=1)
-        prompt_lengths, response_lengths = rollout.prompt_lengths[rows], rollout.response_lengths[rows]
-        prompts, responses = int(prompt_lengths.max()), int(response_lengths.max())
-        ids = [rollout.prompt_ids[rows][:, -prompts:], rollout.response_ids[rows][:, :responses]]
-        masks = [length_mask(prompt_lengths, prompts).flip(1), length_mask(response_lengths, responses)]
-        sequences, mask = torch.cat(ids, 1).to(self.device), torch.cat(masks, 1).to(self.device)
-        return Layout(sequences, mask, response_width=responses)
+            return Layout(ids, torch.ones_like(ids, dtype=torch.bool), torch.ones_like(ids[:, 0]))
+        return Layout.of(take_rows(rollout, rows), self.device)
 
     def backward(self, policy_loss: Tensor, value_loss: Tensor, last: bool) -> None:
         """The backward of a micro-batch, one per engine; `last` marks the minibatch's last one.
@@ -300,6 +295,7 @@ def _trained(module: RolesModel | ValueModel, roles: tuple[str, ...], recipe: Re
         micro_batch=recipe.ppo.micro_batch_sequences,
         trainable_parameters=sum(zero.elements(p) for group in groups for p in group.parameters),
         largest_adapter=max(map(zero.elements, fused_lora.matrices(module)), default=0),
+        prefetch_elements=fetching.prefetch_elements(module),
     )
     engine = zero.TrainedEngine(module, groups, ds_config, recipe.zero.offload_activations)
     fused_lora.fuse(module, zero.stays_whole)

@@ -47,7 +47,7 @@ def compare(recipe: Recipe, rows: int, prompt_tokens: int, response_tokens: int)
     roles.checkpoint_activations()
     width = prompt_tokens + response_tokens
     ids = torch.arange(rows * width).reshape(rows, width) % roles.causal.config.vocab_size
-    layout = Layout(ids, torch.ones_like(ids, dtype=torch.bool), response_tokens)
+    layout = Layout(ids, torch.ones_like(ids, dtype=torch.bool), torch.full((rows,), response_tokens))
     engine = peak_bytes(lambda: engine_outputs(roles, layout), roles)
     naive = peak_bytes(lambda: naive_outputs(roles, layout), roles)
     logits = 4 * rows * response_tokens * roles.causal.config.vocab_size
@@ -71,8 +71,10 @@ def engine_outputs(roles: RolesModel, layout: Layout) -> tuple[Tensor, Tensor]:
 
 def naive_outputs(roles: RolesModel, layout: Layout) -> tuple[Tensor, Tensor]:
     """The same from all logits at once: log p = log softmax(z / temperature), entropy = -sum_v p log p."""
-    keep = layout.response_width + 1
-    logits = causal.call(roles.causal, layout.sequences, layout.mask, use_cache=False, logits_to_keep=keep).logits
+    responses = int(layout.response_lengths.max())
+    logits = causal.call(
+        roles.causal, layout.sequences, layout.mask, use_cache=False, logits_to_keep=responses + 1
+    ).logits
     logprobs = (logits[:, :-1].float() / roles.temperature).log_softmax(-1)
-    chosen = logprobs.gather(-1, layout.sequences[:, -layout.response_width :, None]).squeeze(-1)
+    chosen = logprobs.gather(-1, layout.sequences[:, -responses:, None]).squeeze(-1)
     return chosen, -(logprobs.exp() * logprobs).sum(-1)

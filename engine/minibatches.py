@@ -1,7 +1,6 @@
 """Which sequences form a minibatch, which rank takes which of them, and how they are cut into forwards.
 
-The result of an update depends on the first alone. Lengths are `[B, S]` tokens of a row's S segments: a forward pads
-each segment to its longest one, so prompts padded on the left and responses padded on the right are two segments.
+The result of an update depends on the first alone. Lengths are `[B]` tokens of a row; a forward pads to its longest.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor
 
 from engine import dist
-from engine.batch import Rollout
 from engine.config import PPOConfig
 from engine.randomness import Stream, generator
 
@@ -25,14 +23,9 @@ def minibatch_rows(seed: int, iteration: int, epoch: int, rows: int, minibatch_s
     return list(torch.from_numpy(order).split(minibatch_sequences))
 
 
-def segment_lengths(rollout: Rollout) -> Tensor:
-    """`[B, 2]` tokens of prompt and response, the two segments of `HybridEngine.forward`."""
-    return torch.stack([rollout.prompt_lengths, rollout.response_lengths], dim=1)
-
-
 def padded_tokens(rows: Tensor, lengths: Tensor) -> int:
     """Tokens of one forward of `rows`, padding included. Without rows 0: the made-up one is not counted."""
-    return len(rows) * int(lengths[rows].amax(0).sum()) if len(rows) else 0
+    return len(rows) * int(lengths[rows].max()) if len(rows) else 0
 
 
 def deal(rows: Tensor, lengths: Tensor, settings: PPOConfig, world_size: int) -> list[list[Tensor]]:
@@ -46,7 +39,7 @@ def deal(rows: Tensor, lengths: Tensor, settings: PPOConfig, world_size: int) ->
     if settings.tokens_per_micro_batch is None:
         shares = list(rows.tensor_split(world_size))
     else:
-        shares = balanced_shares(rows, lengths[rows].sum(1), world_size)
+        shares = balanced_shares(rows, lengths[rows], world_size)
     parts = [_cut(share, lengths, settings) for share in shares]
     most = max(map(len, parts))
     return [_split_into(most, own, lengths) for own in parts]
@@ -80,7 +73,7 @@ def _cut(rows: Tensor, lengths: Tensor, settings: PPOConfig) -> list[Tensor]:
     budget = settings.tokens_per_micro_batch
     if budget is None:
         return list(rows.split(settings.micro_batch_sequences))
-    rows = rows[lengths[rows].sum(1).argsort(descending=True, stable=True)]
+    rows = rows[lengths[rows].argsort(descending=True, stable=True)]
     parts, start = [], 0
     for end in range(1, len(rows)):
         if padded_tokens(rows[start : end + 1], lengths) > budget:

@@ -15,7 +15,7 @@ from engine.batch import Prompts, Rollout, length_mask
 from engine.config import PPOConfig, Recipe, RewardConfig, locate
 from engine.errors import RunError
 from engine.hybrid_engine import HybridEngine
-from engine.minibatches import micro_batches, segment_lengths
+from engine.minibatches import micro_batches
 from engine.plugins import line_of, load_function
 from engine.reward_text import RewardText, other_tokenizer
 from engine.roles import reward_role
@@ -111,17 +111,17 @@ class RewardModel:
 
     def score(self, rollout: Rollout, texts: Texts) -> Tensor:
         if self.text is None:
-            ids, mask, lengths = rollout.sequences, rollout.sequence_mask, segment_lengths(rollout)
+            ids, mask, lengths = rollout.sequences, rollout.sequence_mask, rollout.sequence_lengths
         else:
             ids, lengths = self._read(rollout, texts)
-            mask = length_mask(lengths[:, 0], ids.shape[1])
+            mask = length_mask(lengths, ids.shape[1])
         return _in_micro_batches(self._forward, ids, mask, lengths, self.settings)
 
     def _forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         return self.engine(ids.to(self.engine.device), mask.to(self.engine.device))
 
     def _read(self, rollout: Rollout, texts: Texts) -> tuple[Tensor, Tensor]:
-        """`[B, L]` ids of the texts in the model's own tokens, padded on the right, `[B, 1]` lengths; a collective.
+        """`[B, L]` ids of the texts in the model's own tokens, padded on the right, and `[B]` lengths; a collective.
 
         Raises:
             RunError: on every rank, when a text of any of them can't be read.
@@ -143,7 +143,7 @@ class RewardModel:
         for row, of_row in enumerate(rows):
             ids[row, : len(of_row)] = torch.tensor(of_row)
         self._warn_of_cuts(sum(len(part) < len(all_) for part, all_ in zip(rows, whole, strict=True)))
-        return ids, lengths[:, None]
+        return ids, lengths
 
     def _warn_of_cuts(self, mine: int) -> None:
         """A collective: only rank 0 speaks."""
@@ -237,7 +237,7 @@ class RewardAdapter:
         def forward(ids: Tensor, mask: Tensor) -> Tensor:
             return self.engine.scores(self.role, ids, mask)
 
-        lengths = segment_lengths(rollout)
+        lengths = rollout.sequence_lengths
         return _in_micro_batches(forward, rollout.sequences, rollout.sequence_mask, lengths, self.settings)
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from peft import LoraConfig
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from engine import adapters, causal
+from engine.batch import Rollout, length_mask
 from engine.config import CriticConfig, Recipe
 from engine.scoring import last_positions
 from engine.vocabulary_head import Asked, Logits, VocabularyHead
@@ -30,35 +31,44 @@ def reward_role(index: int) -> str:
 
 @dataclass(frozen=True)
 class Layout:
-    """Sequences as one forward sees them: prompts padded on the left, responses on the right.
+    """Sequences as one forward sees them: each a run of real tokens, padded on either side, that ends in its response.
 
-    What a backbone says of them, `[B, P + R, H]`, is then cut down to the N real response tokens: padding costs nothing
+    What a backbone says of them, `[B, L, H]`, is then cut down to the N real response tokens: padding costs nothing
     from there on.
     """
 
-    sequences: Tensor  # [B, P + R] int64
-    mask: Tensor  # [B, P + R] bool
-    response_width: int  # R
+    sequences: Tensor  # [B, L] int64
+    mask: Tensor  # [B, L] bool
+    response_lengths: Tensor  # [B] int64, at least 1; below the tokens of the row
 
-    @property
-    def response_mask(self) -> Tensor:
-        return self.mask[:, -self.response_width :]
+    @classmethod
+    def of(cls, rollout: Rollout, device: torch.device | str = "cpu") -> Layout:
+        """All rows of a rollout, to be computed on a device."""
+        parts = (rollout.sequences, rollout.sequence_mask, rollout.response_lengths)
+        return cls(*(part.to(device) for part in parts))
+
+    @cached_property
+    def responses(self) -> Tensor:
+        """`[B, L]` bool, where the response tokens are."""
+        last, at = last_positions(self.mask)[:, None], torch.arange(self.mask.shape[1], device=self.mask.device)
+        return (at <= last) & (at > last - self.response_lengths[:, None])
 
     @property
     def tokens(self) -> Tensor:
         """`[N]` ids."""
-        return self.sequences[:, -self.response_width :][self.response_mask]
+        return self.sequences[self.responses]
 
     def before(self, hidden: Tensor) -> Tensor:
         """`[N, H]` from one position before each token: what predicts it, and what V is read from.
 
         After it V would have seen the action.
         """
-        return hidden[:, -self.response_width - 1 : -1][self.response_mask]
+        return hidden[:, :-1][self.responses[:, 1:]]
 
     def spread(self, values: Tensor) -> Tensor:
-        """`[B, R]` from `[N]`, padding 0."""
-        return values.new_zeros(self.response_mask.shape).masked_scatter(self.response_mask, values)
+        """`[B, R]` from `[N]`, R tokens the longest response, padding 0."""
+        mask = length_mask(self.response_lengths, int(self.response_lengths.max()))
+        return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from engine import dist, ppo
 from engine.batch import Experience, UpdateStats
 from engine.config import Recipe
 from engine.hybrid_engine import HybridEngine
-from engine.minibatches import deal, minibatch_rows, padded_tokens, segment_lengths
+from engine.minibatches import deal, minibatch_rows, padded_tokens
 from engine.roles import ACTOR, RolesOutput
 
 
@@ -97,7 +97,7 @@ def _accumulate(common: _Update, rows: Tensor, stats: UpdateStats) -> Counter:
     # DeepSpeed averages gradients over ranks; the loss divides by the tokens of ALL ranks. Hence / world size.
     tokens = int(rollout.response_lengths[rows].sum())
     denominator = tokens / world_size
-    lengths = segment_lengths(rollout)
+    lengths = rollout.sequence_lengths
     plan = deal(rows, lengths, common.recipe.ppo, world_size)
     stats.real_tokens += int(lengths[rows].sum())
     stats.padded_tokens += sum(padded_tokens(part, lengths) for own in plan for part in own)

@@ -27,7 +27,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from engine import causal, dist, traffic
 from engine.config import OptimizerSettings
 from engine.errors import RecipeError
-from engine.fetching import FetchOrders, decoder_layers, kind_of
+from engine.fetching import FetchOrders, decoder_layers, kind_of, prefetch_elements
 from engine.role_steps import RoleSteps
 
 logger = dist.get_logger(__name__)
@@ -227,6 +227,7 @@ class FrozenEngine:
     def __init__(self, module: nn.Module, dtype: torch.dtype, offload_to_cpu: bool):
         module.requires_grad_(False)
         config = frozen_config(dtype, offload_to_cpu)
+        config["zero_optimization"]["stage3_prefetch_bucket_size"] = prefetch_elements(module)
         if offload_to_cpu and get_accelerator().device_name() == "cpu":
             logger.warning("offload_param cpu frees nothing here: the device is the CPU itself")
         for part in [*causal.expert_modules(module), *decoder_layers(module)]:
@@ -249,7 +250,7 @@ class FrozenEngine:
 
 def frozen_config(dtype: torch.dtype, offload_to_cpu: bool) -> dict:
     """DeepSpeed's configuration of a frozen engine."""
-    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 50_000_000}
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
     if offload_to_cpu:
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from engine import causal, dist, models, zero
 from engine.advantages import ScoreCombiner, make_experience
+from engine.batch import length_mask
 from engine.config import Recipe
 from engine.hybrid_engine import HybridEngine
 from engine.replica import Replica
@@ -460,7 +461,7 @@ def _worst(pairs) -> float:
 def _layout(rollout, left: int = 0, right: int = 0) -> Layout:
     ids, mask = rollout.sequences, rollout.sequence_mask
     pad = torch.nn.functional.pad
-    return Layout(pad(ids, (left, right), value=3), pad(mask, (left, right)), rollout.response_ids.shape[1] + right)
+    return Layout(pad(ids, (left, right), value=3), pad(mask, (left, right)), rollout.response_lengths)
 
 
 @torch.no_grad()
@@ -494,7 +495,7 @@ def padding(model: RolesModel) -> float:
     together = [model.outputs(_layout(rollout, left, right), **wanted) for left, right in ((0, 0), (5, 0), (0, 6))]
     pairs = []
     for row, _, r, ids in sequences(rollout):
-        alone = model.outputs(Layout(ids, torch.ones_like(ids, dtype=torch.bool), r), **wanted)
+        alone = model.outputs(Layout(ids, torch.ones_like(ids, dtype=torch.bool), torch.tensor([r])), **wanted)
         for other in together:
             pairs += [(getattr(other, name)[row, :r], value[0]) for name, value in vars(alone).items()]
     return _worst(pairs)
@@ -504,9 +505,11 @@ def padding(model: RolesModel) -> float:
 def cached(module: PreTrainedModel) -> float:
     """Logits decoded with a cache, prompts padded on the left, against those of each whole sequence without one."""
     rollout, steps, pairs = tiny.rollout(), [], []
-    prompts, mask, cache = rollout.prompt_ids.shape[1], rollout.sequence_mask, DynamicCache(config=module.config)
+    prompts, cache = rollout.prompt_ids.shape[1], DynamicCache(config=module.config)
+    both = torch.cat([rollout.prompt_ids, rollout.response_ids], 1)
+    mask = torch.cat([length_mask(rollout.prompt_lengths, prompts).flip(1), rollout.response_mask], 1)
     for end in range(prompts, mask.shape[1]):
-        ids = rollout.sequences[:, :end] if end == prompts else rollout.sequences[:, end - 1 : end]
+        ids = both[:, :end] if end == prompts else both[:, end - 1 : end]
         output = causal.call(module, ids, mask[:, :end], past_key_values=cache, use_cache=True, logits_to_keep=1)
         steps.append(output.logits[:, -1])
     decoded = torch.stack(steps, 1)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import itertools
 import os
 import re
 import shutil
@@ -24,8 +25,10 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 
 from rich.console import Console
 from rich.table import Table
@@ -142,23 +145,41 @@ def _last_line(output: str) -> str:
 def run_all(mutants: Sequence[Mutant], console: Console, root: Path = ROOT) -> bool:
     """Run every mutant, print the table; whether all were killed."""
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-        tree = Path(folder)
-        copy_tree(tree, root)
+        # What starts ranks of its own keeps every core busy alone.
+        trees = [Path(folder, str(index)) for index in range(_cores() if all(m.short for m in mutants) else 1)]
+        for tree in trees:
+            copy_tree(tree, root)
         # A test that fails anyway would "kill" everything.
         tests = sorted({test for mutant in mutants for test in mutant.tests})
-        code, output = run_pytest(tree, tests, sum(mutant.timeout_seconds for mutant in mutants))
+        code, output = run_pytest(trees[0], tests, sum(mutant.timeout_seconds for mutant in mutants))
         if code != 0:
             console.print(output, markup=False)
             console.print(f"the tests don't pass without a mutant (exit code {code}): nothing was run", style="red")
             return False
-        outcomes = []
-        for index, mutant in enumerate(mutants, 1):
-            outcomes.append(run_mutant(mutant, tree))
-            console.print(f"{index}/{len(mutants)} {mutant.name}: {outcomes[-1].verdict}", markup=False)
+        free: SimpleQueue[Path] = SimpleQueue()
+        for tree in trees:
+            free.put(tree)
+        counter = itertools.count(1)
+
+        def run_one(mutant: Mutant) -> Outcome:
+            tree = free.get()
+            try:
+                outcome = run_mutant(mutant, tree)
+            finally:
+                free.put(tree)
+            console.print(f"{next(counter)}/{len(mutants)} {mutant.name}: {outcome.verdict}", markup=False)
+            return outcome
+
+        with ThreadPoolExecutor(len(trees)) as pool:
+            outcomes = sorted(pool.map(run_one, mutants), key=lambda outcome: not outcome.killed)  # bad news last
     console.print(_table(outcomes))
     killed = sum(outcome.killed for outcome in outcomes)
     console.print(f"{killed} of {len(outcomes)} mutants killed", style="green" if killed == len(outcomes) else "red")
     return killed == len(outcomes)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _table(outcomes: Sequence[Outcome]) -> Table:

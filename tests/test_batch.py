@@ -30,8 +30,16 @@ def rollout():
 
 def test_masks_of_a_rollout_by_hand(rollout):
     assert rollout.response_mask.int().tolist() == [[1, 1], [1, 0]]
-    assert rollout.sequence_mask.int().tolist() == [[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]]
-    assert rollout.sequences.shape == (2, 5) and len(rollout) == 2
+    assert rollout.sequence_mask.int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert rollout.sequence_lengths.tolist() == [3, 4] and len(rollout) == 2
+
+
+def test_sequences_by_hand(rollout):
+    """Contiguous, padded on the right to the longest one, whatever its prompt and its response were padded to."""
+    prompt_ids, response_ids = torch.tensor([[0, 0, 1], [2, 3, 4]]), torch.tensor([[5, 6, 0], [7, 0, 0]])
+    made = replace(rollout, prompt_ids=prompt_ids, response_ids=response_ids, sampler_logprobs=torch.zeros(2, 3))
+    assert made.sequences[made.sequence_mask].tolist() == [1, 5, 6, 2, 3, 4, 7] and made.sequences.shape == (2, 4)
+    assert take_rows(made, torch.empty(0, dtype=torch.int64)).sequences.shape == (0, 0)
 
 
 def test_prompts_are_padded_on_the_left():

@@ -222,7 +222,7 @@ class TestLogprobMemory:
 
     def test_the_written_out_formula_is_the_engines(self):
         roles = tiny.roles(tiny.recipe(generation={"temperature": 0.7}))
-        layout = Layout(IDS, torch.ones_like(IDS, dtype=torch.bool), RESPONSE)
+        layout = Layout(IDS, torch.ones_like(IDS, dtype=torch.bool), torch.full((len(IDS),), RESPONSE))
         pairs = zip(
             logprob_memory.engine_outputs(roles, layout), logprob_memory.naive_outputs(roles, layout), strict=True
         )

@@ -247,14 +247,12 @@ def test_modules_that_zero3_must_fetch_whole():
         assert causal.expert_modules(AutoModelForCausalLM.from_config(families.config_of(name))) == []
 
 
-def rank_takes_its_own_expert() -> float:
-    """A step of a mixture under ZeRO-3 in which each rank's token goes to another expert."""
+def trained_engine(model: OldBlock):
+    """Under ZeRO-3, the adapter training."""
     from engine import dist, zero
     from engine.config import OptimizerSettings
     from engine.ds_config import read_ds_config, resolve_ds_config
 
-    torch.manual_seed(0)
-    model = OldBlock().requires_grad_(False)
     trained = list(model.adapter.requires_grad_(True).parameters())
     config = resolve_ds_config(
         read_ds_config("tests/zero3_all_sharded.json"),
@@ -264,7 +262,15 @@ def rank_takes_its_own_expert() -> float:
         trainable_parameters=72,
     )
     settings = OptimizerSettings(learning_rate=0.1)
-    engine = zero.TrainedEngine(model, [zero.ParameterGroup("actor", trained, settings)], config)
+    return zero.TrainedEngine(model, [zero.ParameterGroup("actor", trained, settings)], config)
+
+
+def rank_takes_its_own_expert() -> float:
+    """A step of a mixture under ZeRO-3 in which each rank's token goes to another expert."""
+    from engine import dist
+
+    torch.manual_seed(0)
+    engine = trained_engine(OldBlock().requires_grad_(False))
     engine.backward(engine(dist.rank()).sum(), last=True)
     norm = engine.step({"actor": 0.1})["actor"]
     engine.close()
@@ -288,7 +294,8 @@ def test_engines_fetch_experts_together(alone):
 
     from engine import zero
 
-    model = OldBlock()
-    engine = zero.FrozenEngine(model, torch.float32, offload_to_cpu=False)
-    assert z3_leaf_module(model.mixture) and not z3_leaf_module(model.adapter)
-    engine.close()
+    frozen, trained = OldBlock(), OldBlock().requires_grad_(False)
+    engines = [zero.FrozenEngine(frozen, torch.float32, offload_to_cpu=False), trained_engine(trained)]
+    for model, engine in zip((frozen, trained), engines, strict=True):
+        assert z3_leaf_module(model.mixture) and not z3_leaf_module(model.adapter)
+        engine.close()

@@ -15,8 +15,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausa
 from engine import fused_lora, zero
 from engine.adapters import Switch
 from engine.hybrid_engine import HybridEngine
-from engine.roles import ACTOR, CRITIC
-from tests import tiny
+from engine.roles import ACTOR, CRITIC, Layout
+from tests import families, tiny
 
 IDS = torch.arange(24).view(3, 8) % tiny.VOCABULARY
 
@@ -69,6 +69,60 @@ def test_bfloat16_rounds_no_more_often_than_peft():
         fused_lora.fuse(model, lambda parameter, fuse=fuse: fuse)
         errors.append((gradients(model, ACTOR, inputs.bfloat16())["logits"].double() - exact).abs().mean().item())
     assert 0 < errors[1] < 1.2 * errors[0]
+
+
+GATED = {"Llama", "Qwen2", "Qwen3", "Mistral", "Gemma", "Gemma 2", "Gemma 3 (text)", "StableLM", "Cohere", "Cohere 2"}
+GATED |= {"OLMo 2", "Granite", "SmolLM 3"}
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_gated_feed_forwards_of_every_family(name, tmp_path):
+    """Outputs and gradients of the roles are peft's; which families have a feed-forward that we know stands above."""
+    model, found = families.roles(families.recipe(families.make(name, tmp_path / "model"))), []
+    for fuse in (False, True):
+        if fuse:
+            fused_lora.fuse(model)
+            assert any("forward" in vars(module) for module in model.modules()) == (name in GATED)
+        output = model.outputs(Layout.of(tiny.rollout()), values=True)
+        (output.logprobs.sum() + output.values.square().sum()).backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        found.append(gradients | {"logprobs": output.logprobs.detach(), "values": output.values.detach()})
+        model.zero_grad()
+    assert found[0].keys() == found[1].keys()
+    for key, value in found[0].items():
+        torch.testing.assert_close(found[1][key], value, rtol=1e-4, atol=1e-4 * value.abs().max().item(), msg=key)
+
+
+def test_a_gated_feed_forward_keeps_gate_and_up_alone():
+    """Of the tensors that are wider than the rest; the forward of peft keeps four."""
+    wide = []
+    for fuse in (False, True):
+        model = adapted()
+        if fuse:
+            fused_lora.fuse(model)
+        Switch(model).to(ACTOR)
+        kept = {}
+
+        def keep(x, kept=kept):
+            kept[x.data_ptr()] = x  # one that several operations keep counts once
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            model(inputs_embeds=torch.randn(3, 8, 32, dtype=torch.float64))
+        wide.append(sum(x.shape[-1] == 64 and x.numel() == 3 * 8 * 64 for x in kept.values()))
+    assert wide == [2 * 4, 2 * 2]
+
+
+def test_hooks_on_the_last_layer_see_tensors():
+    """Where DeepSpeed hooks it, it is handed what peft would hand it."""
+    model, seen = adapted(), []
+    for module in model.modules():
+        if type(module).__name__ == "Qwen2MLP":
+            module.down_proj.base_layer.register_forward_pre_hook(lambda _, inputs: seen.append(type(inputs[0])))
+    fused_lora.fuse(model)
+    Switch(model).to(ACTOR)
+    model(IDS)
+    assert seen == [torch.Tensor] * 2
 
 
 @pytest.mark.parametrize("what", ["dora", "bias", "dropout", "transposed", "trained base", "sharded"])

@@ -8,7 +8,7 @@ import torch
 from engine import dist
 from engine.batch import Evaluation, take_rows
 from engine.config import PPOConfig, steps_per_iteration
-from engine.minibatches import balanced_shares, deal, micro_batches, minibatch_rows, padded_tokens, segment_lengths
+from engine.minibatches import balanced_shares, deal, micro_batches, minibatch_rows, padded_tokens
 from engine.update import update
 from tests import tiny
 from tests.reference import Reference
@@ -54,10 +54,7 @@ def test_steps_per_iteration_counts_the_short_minibatch():
 
 # Dealing and cutting --------------------------------------------------------------------------------------------
 
-# Prompt and response tokens of ten rows, ragged in both.
-LENGTHS = torch.tensor(
-    [[8, 1], [2, 9], [5, 5], [1, 1], [8, 9], [3, 2], [7, 7], [1, 9], [4, 4], [6, 1]],
-)
+LENGTHS = torch.tensor([9, 11, 10, 2, 17, 5, 14, 10, 8, 7])
 LONGEST = 17
 BUDGETS = [1, LONGEST, 20, 40, 10_000]
 
@@ -71,14 +68,14 @@ def by_rows(rows: int) -> PPOConfig:
 
 
 def laid_out(part, lengths) -> int:
-    """A forward's tokens, by its shape: rows times (longest prompt + longest response)."""
-    rows = [lengths[row].tolist() for row in part.tolist()]
-    return len(rows) * (max(p for p, _ in rows) + max(r for _, r in rows)) if rows else 0
+    """A forward's tokens, by its shape: rows times the longest."""
+    rows = [int(lengths[row]) for row in part.tolist()]
+    return len(rows) * max(rows) if rows else 0
 
 
 def random_lengths(rows: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(1, 100, (rows, 2), generator=generator)
+    return torch.randint(2, 200, (rows,), generator=generator)
 
 
 @pytest.mark.parametrize("settings", [*map(by_tokens, BUDGETS), *map(by_rows, (1, 3, 99))])
@@ -106,18 +103,13 @@ def test_the_budget_is_kept_unless_one_sequence_is_longer(budget, world_size):
 
 
 def test_a_budget_by_hand():
-    """Sums 17, 14, 11, 10, 10, 9, 8, 7, 5, 2 within 40 tokens; the width is longest prompt + longest response."""
+    """17, 14, 11, 10, 10, 9, 8, 7, 5, 2 within 40 tokens: 2 x 17, 3 x 11, 4 x 9, 1 x 2."""
     (own,) = deal(torch.arange(10), LENGTHS, by_tokens(40), 1)
-    assert [part.tolist() for part in own] == [
-        [4, 6],  # (8, 9), (7, 7): 2 x 17 = 34; with (2, 9) 3 x 17 = 51
-        [1, 2],  # (2, 9), (5, 5): 2 x 14 = 28; with (1, 9) 42
-        [7, 0],  # (1, 9), (8, 1): 2 x 17 = 34; with (4, 4) 51
-        [8, 9, 5, 3],  # (4, 4), (6, 1), (3, 2), (1, 1): 4 x 10 = 40
-    ]
+    assert [part.tolist() for part in own] == [[4, 6], [1, 2, 7], [0, 8, 9, 5], [3]]
 
 
 def test_equal_lengths_stay_in_order():
-    (own,) = deal(torch.tensor([4, 2, 0, 3]), torch.full((5, 2), 3), by_tokens(12), 1)
+    (own,) = deal(torch.tensor([4, 2, 0, 3]), torch.full((5,), 6), by_tokens(12), 1)
     assert [part.tolist() for part in own] == [[4, 2], [0, 3]]
 
 
@@ -130,9 +122,9 @@ def test_a_budget_of_everything_is_one_forward():
 def test_no_rank_has_more_than_the_mean_and_one_sequence(world_size, seed):
     lengths = random_lengths(30, seed)
     plan = deal(torch.arange(30), lengths, by_tokens(500), world_size)
-    loads = [sum(lengths[row].sum().item() for part in own for row in part) for own in plan]
-    assert max(loads) <= lengths.sum().item() / world_size + lengths.sum(1).max().item()
-    assert max(loads) - min(loads) <= lengths.sum(1).max().item()
+    loads = [sum(lengths[row].item() for part in own for row in part) for own in plan]
+    assert max(loads) <= lengths.sum().item() / world_size + lengths.max().item()
+    assert max(loads) - min(loads) <= lengths.max().item()
 
 
 def test_longest_first_by_hand():
@@ -154,7 +146,7 @@ def test_without_a_budget_ranks_take_rows_in_order(count, world_size):
 
 def test_a_rank_with_fewer_forwards_splits_its_largest():
     """Nine rows, two at a time: rank 0 has five of them and makes three forwards, rank 1 four and would make two."""
-    lengths = torch.tensor([[1, 1]] * 7 + [[8, 9], [1, 1]])
+    lengths = torch.tensor([2] * 7 + [17, 2])
     first, second = deal(torch.arange(9), lengths, by_rows(2), 2)
     assert [part.tolist() for part in first] == [[0, 1], [2, 3], [4]]
     assert [part.tolist() for part in second] == [[5, 6], [7], [8]]
@@ -186,9 +178,9 @@ def test_ranks_agree_on_how_often_to_cut_what_each_brings(pool):
     first, second = pool.run(own_rows_cut)
     assert list(zip(first, second, strict=True)) == [
         ([[0, 1], [2, 3], [4]], [[], [], []]),
-        ([[4], [1], [2, 0], [3]], [[], [], [], []]),
+        ([[4], [1, 2], [0, 3]], [[], [], []]),
         ([[0], []], [[0, 1], [2]]),
-        ([[0], []], [[0], [1, 2]]),
+        ([[0], []], [[0, 1], [2]]),
         ([[]], [[]]),
         ([[]], [[]]),
     ]
@@ -248,11 +240,11 @@ def test_ranks_and_budgets_do_not_change_what_inference_finds(pool, single):
                 if name != "padded_lengths":
                     assert torch.allclose(value, getattr(alone[0], name), atol=1e-5), (budget, name)
     # Prompts 3 5 5 3 5 4 4, responses 9 2 2 3 2 3 6; one rank in threes, two ranks in (0 1 2)(3) and (4 5)(6).
-    assert alone[0].padded_lengths.tolist() == [14, 14, 14, 8, 8, 8, 10]
+    assert alone[0].padded_lengths.tolist() == [12, 12, 12, 7, 7, 7, 10]
     assert alone[1].padded_lengths.tolist() == [12, 7, 7, 6, 7, 7, 10]
-    assert alone[3].padded_lengths.tolist() == [14] * 7
+    assert alone[3].padded_lengths.tolist() == [12] * 7
     first, second = pool.run(inference)
-    assert first[0].padded_lengths.tolist() == second[0].padded_lengths.tolist() == [14, 14, 14, 6, 8, 8, 10]
+    assert first[0].padded_lengths.tolist() == second[0].padded_lengths.tolist() == [12, 12, 12, 6, 7, 7, 10]
     assert first[1].padded_lengths.tolist() == [12, 7, 7, 6, 7, 7, 10]
 
 
@@ -269,6 +261,6 @@ def counted(budget: int) -> tuple[int, int]:
 def test_the_update_counts_its_padding(pool, single):
     """Two epochs of 56 tokens; alone in its forward no row is padded; together each minibatch is one rectangle."""
     assert pool.run(counted, 1) == [(112, 112)] * 2
-    lengths = segment_lengths(tiny.rollout())
+    lengths = tiny.rollout().sequence_lengths
     minibatches = [rows for epoch in (0, 1) for rows in minibatch_rows(0, 0, epoch, 7, 4)]
     assert single.run(counted, 10_000) == [(112, sum(laid_out(rows, lengths) for rows in minibatches))]

@@ -309,7 +309,7 @@ def plain_outputs(folder: Path, model: dict) -> torch.Tensor:
     recipe = tiny.recipe(model={"path": str(folder), **model})
     roles = roles_on(models.load_causal(recipe.model), recipe)
     rollout = tiny.rollout()
-    layout = Layout(rollout.sequences, rollout.sequence_mask, response_width=rollout.response_ids.shape[1])
+    layout = Layout.of(rollout)
     with torch.no_grad():
         output = roles.outputs(layout, values=True, ref_logprobs=True)
     found = torch.stack([output.logprobs, output.ref_logprobs, output.values])

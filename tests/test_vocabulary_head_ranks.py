@@ -86,7 +86,7 @@ def without_log_probs(stage: str) -> list[float]:
     """
     homes = {"critic": {"home": "model"}, "reference": {"home": "model"}}
     engine, sampled = tiny.engine(tiny.recipe(**homes, zero={"ds_config": tiny.ds_config(stage)})), tiny.rollout()
-    layout = Layout(sampled.sequences, sampled.sequence_mask, sampled.response_ids.shape[1])
+    layout = Layout.of(sampled)
     apart, found = ReferenceModel(tiny.llama(seed=8), engine.roles.temperature)(layout), []
     for _ in range(3):
         with engine.inference():
