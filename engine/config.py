@@ -233,6 +233,8 @@ class PPOConfig(Section):
     """Most sequences in one forward of one rank; changes speed and memory, never the result."""
     tokens_per_micro_batch: PositiveInt | None = None
     """Most tokens, padding included, in one forward of one rank, similar lengths together; null: so many sequences."""
+    inference_factor: PositiveInt = 4
+    """A forward without gradients takes so many times the sequences or tokens: it keeps nothing for a backward."""
     old_logprobs: Literal["recompute", "rollout", "on_policy"] = "recompute"
     """recompute: a pass before the update. rollout: the sampler's. on_policy: the update's own (one step, ratio 1)."""
     importance_cap: PositiveFloat | None = None
@@ -255,6 +257,14 @@ class PPOConfig(Section):
     """Shift and scale the iteration's advantages to mean 0, variance 1 over all ranks."""
     target_kl: PositiveFloat | None = None
     """Skip the rest of an iteration's update once a minibatch's approx_kl passes this; null: off."""
+
+    @property
+    def for_inference(self) -> PPOConfig:
+        """The same with the sizes of forwards without gradients."""
+        sizes = {"micro_batch_sequences": self.micro_batch_sequences * self.inference_factor}
+        if self.tokens_per_micro_batch is not None:
+            sizes["tokens_per_micro_batch"] = self.tokens_per_micro_batch * self.inference_factor
+        return self.model_copy(update=sizes)
 
 
 class DataConfig(Section):

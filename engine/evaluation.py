@@ -44,7 +44,7 @@ def evaluate(engine: HybridEngine, rollout: Rollout, source_scores: Tensor, reci
     recompute, estimator = recipe.ppo.old_logprobs == "recompute", recipe.kl.estimator
     wanted = {"logprobs": recompute, "ref_logprobs": True, "values": True, "full_kl": recompute and estimator == "full"}
     lengths = rollout.sequence_lengths
-    plan = deal(torch.arange(len(rollout)), lengths, recipe.ppo, dist.world_size())
+    plan = deal(torch.arange(len(rollout)), lengths, recipe.ppo.for_inference, dist.world_size())
     parts = []
     for rows in plan[dist.rank()]:
         output = engine.forward(rollout, rows, **wanted)

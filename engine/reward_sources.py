@@ -95,7 +95,7 @@ class RewardModel:
 
     def __init__(self, config: RewardConfig, recipe: Recipe, tokenizer: PreTrainedTokenizerBase):
         self.name = config.label
-        self.settings = recipe.ppo
+        self.settings = recipe.ppo.for_inference
         self.messages_column = recipe.data.messages_column
         dtype, trust = recipe.model.dtype, recipe.model.trust_remote_code
         offload = config.offload_param == "cpu"
@@ -231,7 +231,7 @@ class RewardAdapter:
     def __init__(self, index: int, recipe: Recipe, engine: HybridEngine):
         self.name = recipe.rewards[index].label
         self.role, self.engine = reward_role(index), engine
-        self.settings = recipe.ppo
+        self.settings = recipe.ppo.for_inference
 
     def score(self, rollout: Rollout, texts: Texts) -> Tensor:
         def forward(ids: Tensor, mask: Tensor) -> Tensor:

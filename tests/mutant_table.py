@@ -1090,6 +1090,14 @@ MUTANTS += [
         "test_minibatches.py::test_the_budget_is_kept_unless_one_sequence_is_longer",
     ),
     alone(
+        "inference-in-small-pieces",
+        "config",
+        "self.tokens_per_micro_batch * self.inference_factor",
+        "self.tokens_per_micro_batch",
+        "forwards without gradients fetch the weights as often as those with",
+        "test_minibatches.py::test_inference_takes_more_at_once",
+    ),
+    alone(
         "shortest-dealt-first",
         "minibatches",
         "in work.argsort(descending=True, stable=True)",

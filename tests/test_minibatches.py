@@ -248,6 +248,25 @@ def test_ranks_and_budgets_do_not_change_what_inference_finds(pool, single):
     assert first[1].padded_lengths.tolist() == [12, 7, 7, 6, 7, 7, 10]
 
 
+@pytest.mark.parametrize(
+    "sizes, widths",
+    [
+        ({"micro_batch_sequences": 2}, [12] * 7),  # eight at a time
+        ({"tokens_per_micro_batch": 14}, [12, 12, 12, 7, 7, 7, 12]),  # 56: 4 x 12, 3 x 7
+    ],
+)
+def test_inference_takes_more_at_once(alone, sizes, widths):
+    """Rows of 12 7 7 6 7 7 10 tokens; in training the factor changes nothing."""
+    recipe = tiny.recipe(ppo={**sizes, "inference_factor": 4})
+    engine, trained = tiny.engine(recipe), []
+    assert tiny.evaluated(engine, recipe, tiny.rollout())[1].padded_lengths.tolist() == widths
+    for factor in (1, 4):
+        recipe = tiny.recipe(ppo={**sizes, "inference_factor": factor})
+        trained.append(update(engine, tiny.experience(), recipe, 0, 0.0, frozenset()).padded_tokens)
+    engine.close()
+    assert trained[0] == trained[1]
+
+
 def counted(budget: int) -> tuple[int, int]:
     """On a rank: real and padded tokens of an update."""
     recipe = tiny.recipe(ppo={"tokens_per_micro_batch": budget})

@@ -56,7 +56,7 @@ def recipe(**sections) -> Recipe:
     defaults = {
         "actor": {"lora": {"rank": 4, "alpha": 8.0}, "optimizer": {**optimizer, "gradient_clipping": 0.05}},
         "critic": {"lora": {"rank": 4, "alpha": 8.0}, "optimizer": {**optimizer, "gradient_clipping": 0.5}},
-        "ppo": {"minibatch_sequences": 4, "micro_batch_sequences": 2, "epochs": 2},
+        "ppo": {"minibatch_sequences": 4, "micro_batch_sequences": 2, "inference_factor": 1, "epochs": 2},
         "data": {"prompts_per_iteration": 7},
         "generation": {"max_new_tokens": 9},
         "rewards": [{"function": "tests/tiny.py:length_reward"}],
