@@ -77,15 +77,18 @@ class Rollout:
     @property
     def sequences(self) -> Tensor:
         """`[B, L]` prompt and response, L tokens the longest, padded on the right."""
-        lengths, prompts = self.sequence_lengths, self.prompt_ids.shape[1]
-        at = torch.arange(int(lengths.max()) if len(self) else 0) + (prompts - self.prompt_lengths)[:, None]
+        at = torch.arange(self._longest) + (self.prompt_ids.shape[1] - self.prompt_lengths)[:, None]
         both = torch.cat([self.prompt_ids, self.response_ids], dim=1)
         return both.gather(1, at.clamp(max=both.shape[1] - 1))
 
     @property
     def sequence_mask(self) -> Tensor:
         """`[B, L]`, True on real tokens: what the model may attend to."""
-        return length_mask(self.sequence_lengths, self.sequences.shape[1])
+        return length_mask(self.sequence_lengths, self._longest)
+
+    @property
+    def _longest(self) -> int:
+        return int(self.sequence_lengths.max()) if len(self) else 0
 
     def __len__(self) -> int:
         return self.response_ids.shape[0]

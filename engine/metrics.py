@@ -108,7 +108,7 @@ def update_metrics(stats: UpdateStats) -> Metrics:
 def padding_fraction(experience: Experience, stats: UpdateStats) -> float:
     """The padding among all tokens that the forwards of inference and training laid out, each counted once."""
     rollout, padded_lengths = experience.rollout, experience.evaluation.padded_lengths
-    real = (rollout.prompt_lengths + rollout.response_lengths).sum().item() + stats.real_tokens
+    real = rollout.sequence_lengths.sum().item() + stats.real_tokens
     return 1 - real / (padded_lengths.sum().item() + stats.padded_tokens)
 
 

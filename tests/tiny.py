@@ -167,7 +167,7 @@ def experience(rows: int = 7, seed: int = 5) -> Experience:
         kl=noise(0.0, 0.1),
         old_values=values,
         source_scores=torch.randn(rows, 1, generator=generator),
-        padded_lengths=sampled.prompt_lengths + sampled.response_lengths,
+        padded_lengths=sampled.sequence_lengths,
     )
     advantages = ppo.masked_whiten(returns - values, mask)
     return Experience(sampled, evaluation, evaluation.source_scores[:, 0], returns, advantages, returns)
