@@ -71,7 +71,8 @@ def positions(mask: Tensor) -> Tensor:
 
 
 def _plain(model: nn.Module) -> nn.Module:
-    """The transformers model inside peft's wrapper, whose own forward takes anything."""
+    """The transformers model inside peft's wrapper or torch.compile's, whose own forwards take anything."""
+    model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 

@@ -22,6 +22,7 @@ def problems_of(recipe: Recipe) -> list[str]:
         *_critic(recipe),
         *_reference(recipe),
         *_numbers(recipe),
+        *_generation(recipe),
         *_memory(recipe),
     ]
 
@@ -241,6 +242,16 @@ def _numbers(recipe: Recipe) -> list[str]:
             "adapter"
         )
     return problems
+
+
+def _generation(recipe: Recipe) -> list[str]:
+    budget = recipe.generation.gather_budget_bytes
+    if recipe.generation.compile and budget != "auto":
+        return [
+            "generation.compile needs weights that stay where they are, got generation.gather_budget_bytes "
+            f"{budget}: beyond it they are fetched in every step; set that to auto, or generation.compile to false"
+        ]
+    return []
 
 
 def _memory(recipe: Recipe) -> list[str]:

@@ -315,6 +315,8 @@ class GenerationConfig(Section):
     """Sort prompts by length and give a finished sequence's slot to the next prompt; false: whole batches, in order."""
     gather_budget_bytes: NonNegativeInt | Literal["auto"] = "auto"
     """ZeRO-3: bytes that stay gathered while decoding, the rest is fetched by layer; auto: what the device holds."""
+    compile: bool = False
+    """Decode by torch.compile, on a GPU as a CUDA graph; each step then computes all slots over all of the cache."""
 
     @model_validator(mode="after")
     def _minimum_below_maximum(self):

@@ -21,6 +21,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from engine import onednn
+
 GATED = re.compile(r"self\.down_proj\(self\.act_fn\(self\.gate_proj\((\w+)\)\) \* self\.up_proj\(\1\)\)")
 """What the forward of Llama's feed-forward says, and of those of its many heirs in transformers."""
 
@@ -107,7 +109,7 @@ class _Through(LoraLinear):
         return self.base_layer(x)
 
 
-class _AdaptedLinear(nn.Linear):
+class _AdaptedLinear(onednn.Linear):
     """A frozen linear layer that adds an adapter's update to its own product."""
 
     update: Callable[[], tuple[Tensor, Tensor, float] | None]
@@ -117,8 +119,8 @@ class _AdaptedLinear(nn.Linear):
         if update is None:
             return super().forward(x.compute() if isinstance(x, _Product) else x)
         if isinstance(x, _Product):
-            return _AdaptedProduct.apply(self.weight, self.bias, *update, x.act, x.gate, x.up)
-        return _AdaptedProduct.apply(self.weight, self.bias, *update, None, x)
+            return _AdaptedProduct.apply(self.operand, self.bias, *update, x.act, x.gate, x.up)
+        return _AdaptedProduct.apply(self.operand, self.bias, *update, None, x)
 
 
 class _AdaptedProduct(Function):
@@ -141,8 +143,8 @@ class _AdaptedProduct(Function):
     ) -> Tensor:
         x = inputs[0] if act is None else _Product(act, *inputs).compute()
         rows = x.reshape(-1, x.shape[-1])
-        low = rows @ a.t()
-        result = rows @ weight.t()
+        low = onednn.product(rows, a)
+        result = onednn.product(rows, weight)
         if bias is not None:
             result += bias
         result.addmm_(low, b.t(), alpha=scaling)
@@ -155,11 +157,11 @@ class _AdaptedProduct(Function):
         weight, a, b, low, *inputs = ctx.saved_tensors
         _, _, needs_a, needs_b, _, _, *needs_inputs = ctx.needs_input_grad
         into = upstream.reshape(-1, upstream.shape[-1])
-        to_low = (into @ b).mul_(ctx.scaling)
+        to_low = onednn.product(into, b.t()).mul_(ctx.scaling)
         to_b = (into.t() @ low).mul_(ctx.scaling) if needs_b else None
         to_x = None
         if any(needs_inputs):
-            to_x = (into @ weight).addmm_(to_low, a).view(*upstream.shape[:-1], -1)
+            to_x = onednn.product(into, weight.t()).addmm_(to_low, a).view(*upstream.shape[:-1], -1)
         x, to_inputs = inputs[0], [to_x]
         if ctx.act is not None:
             x, to_inputs = _again(ctx.act, inputs, to_x)

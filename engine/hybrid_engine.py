@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from engine import device_memory, dist, fetching, fused_lora, models, zero
+from engine import device_memory, dist, fetching, fused_lora, models, onednn, zero
 from engine.batch import Rollout, take_rows
 from engine.config import ModelConfig, OptimizerSettings, Recipe, steps_per_iteration
 from engine.ds_config import read_ds_config, resolve_ds_config
@@ -157,7 +157,7 @@ class HybridEngine:
         free = device_memory.free_bytes(self.device, zero.local_ranks())
         room = free * 9 // 10 - cache - 2 * self.replica.largest_group_bytes
         if self.device.type == "cpu":
-            room //= 2  # the sampler packs a copy of weights that stay: engine/packed_linear.py
+            room //= 2  # the sampler packs a copy of weights that stay: engine/onednn.py
         return max(0, int(dist.all_reduce(torch.tensor(room), "min")))
 
     @contextmanager
@@ -299,4 +299,5 @@ def _trained(module: RolesModel | ValueModel, roles: tuple[str, ...], recipe: Re
     )
     engine = zero.TrainedEngine(module, groups, ds_config, recipe.zero.offload_activations)
     fused_lora.fuse(module, zero.stays_whole)
+    onednn.take_over(module)
     return engine

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PretrainedConfig
+from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicLayer,
@@ -97,6 +97,35 @@ class _AttentionRows(CacheLayerMixin):
         return -1
 
 
+class _StillRows(_AttentionRows):
+    """The same in one shape and at one address for every token: all slots, all columns, and the mask hides the rest."""
+
+    is_compileable = True
+
+    def __init__(self, like: DynamicLayer, span: _Span, rows: int, columns: int):
+        super().__init__(like, span, rows, columns)
+        self.column = torch.zeros((), dtype=torch.int64, device=like.keys.device)
+        self.keys, self.values = self.buffers
+        for tensor in (*self.buffers, self.column):
+            torch._dynamo.mark_static_address(tensor)  # a CUDA graph reads them where they are
+
+    def append(self, prefilled: DynamicLayer, sources: Tensor) -> None:
+        for buffer in self.buffers:  # columns yet to be written are looked at as well
+            buffer[self.span.rows : self.span.rows + len(sources)] = 0
+        super().append(prefilled, sources)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        for buffer, new in ((self.keys, key_states), (self.values, value_states)):
+            buffer.index_copy_(2, self.column[None], new)
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.keys.shape[2], 0
+
+    def get_seq_length(self) -> Tensor:
+        return self.column
+
+
 class _StateRows(LinearAttentionLayer):
     """States of a recurrent or convolution layer, one per row whatever its length."""
 
@@ -151,8 +180,20 @@ _LAYERS = {
 
 def can_move_rows(config: PretrainedConfig) -> bool:
     """Whether a model of this config keeps nothing but what `MovingRows` can take apart by row."""
+    return _has_only(config, set(_LAYERS))
+
+
+def can_stand_still(model: PreTrainedModel) -> bool:
+    """Whether a model decodes with `StillRows`: all layers attend, and none takes its cache to end at the new token.
+
+    transformers says the second of a class: GPT-Neo, for one, reads its own mask at the cache's last columns.
+    """
+    return model._can_compile_fullgraph and _has_only(model.config, {DynamicLayer, DynamicSlidingWindowLayer})
+
+
+def _has_only(config: PretrainedConfig, kinds: set[type]) -> bool:
     layers = DynamicCache(config=config).layers
-    return bool(layers) and all(type(layer) in _LAYERS for layer in layers)
+    return bool(layers) and all(type(layer) in kinds for layer in layers)
 
 
 class MovingRows:
@@ -164,6 +205,8 @@ class MovingRows:
         columns: of the buffers; more than prompt and response of any row together. When the last one is full, the live
             ones move to the front: each spare column puts that off by a token.
     """
+
+    layers = _LAYERS
 
     def __init__(self, rows: int, prompt_columns: int, columns: int):
         self.cache = Cache(layers=[])
@@ -182,7 +225,7 @@ class MovingRows:
         """
         span = self.span
         if not self.cache.layers:
-            self.cache.layers += [_LAYERS[type(layer)](layer, span, *self._sizes) for layer in prefilled.layers]
+            self.cache.layers += [self.layers[type(layer)](layer, span, *self._sizes) for layer in prefilled.layers]
             self._starts = lengths[:0]
         if span.rows == 0:
             span.end = self._prompt_columns
@@ -217,6 +260,24 @@ class MovingRows:
             self._starts -= self.span.end - end
             self.span.end = end
             self._live(self.span.rows)
+
+
+class StillRows(MovingRows):
+    """The same with all slots and all columns in every step, whose shapes then never change: for `torch.compile`.
+
+    A free slot decodes a token that nobody reads and sees itself alone.
+    """
+
+    layers = dict.fromkeys((DynamicLayer, DynamicSlidingWindowLayer), _StillRows)
+
+    def next_mask(self) -> Tensor:
+        """`[slots, columns]` bool."""
+        slots, columns = self._sizes
+        for layer in self.cache.layers:
+            layer.column.fill_(self.span.end)
+        places = torch.arange(columns, device=self._starts.device)
+        starts = torch.nn.functional.pad(self._starts, (0, slots - len(self._starts)), value=self.span.end)
+        return (places >= starts[:, None]) & (places <= self.span.end)
 
 
 class FixedRows:

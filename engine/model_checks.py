@@ -45,8 +45,21 @@ def _check_policy(recipe: Recipe, problems: list[str]) -> PreTrainedModel | None
         return None
     problems += _check_positions(recipe, "model.path", model.path, config)
     base = _without_weights(recipe, "model.path", model.path, config, problems)
+    if base is not None and recipe.generation.compile:
+        problems += _check_compile(recipe, base)
     problems += _check_tokenizer(recipe, config)
     return base
+
+
+def _check_compile(recipe: Recipe, base: PreTrainedModel) -> list[str]:
+    from engine.kv_cache import can_stand_still  # here: it imports torch
+
+    if can_stand_still(base):
+        return []
+    return [
+        f"model.path: a model of type {base.config.model_type} can't decode with a cache of one size, which a "
+        f"compiled step takes, got {recipe.model.path} with generation.compile true; set that to false"
+    ]
 
 
 def _check_critic(recipe: Recipe) -> list[str]:

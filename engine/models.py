@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from engine import causal
+from engine import attention, causal
 from engine.config import ModelConfig
 from engine.errors import RecipeError
 
@@ -73,6 +73,7 @@ def load_critic(settings: ModelConfig) -> PreTrainedModel:
 
 def _load(factory, settings: ModelConfig, may_lack: frozenset | set = frozenset(), **config_changes) -> PreTrainedModel:
     transformers.utils.logging.set_verbosity_error()
+    attention.widen_on_cpu()
     transformers.utils.logging.disable_progress_bar()
     source = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     extra = {"attn_implementation": settings.attn_implementation} if settings.attn_implementation else {}

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from engine import causal, dist
 from engine.batch import Prompts, Rollout
 from engine.config import GenerationConfig
-from engine.kv_cache import FixedRows, MovingRows, can_move_rows
-from engine.packed_linear import packed_linears
+from engine.kv_cache import FixedRows, MovingRows, StillRows, can_move_rows
+from engine.onednn import packed_linears
 from engine.randomness import Stream
 from engine.sampling import sample, token_uniforms
 from engine.stopping import Stops
+
+logger = dist.get_logger(__name__)
 
 AGREE_EVERY = 16
 """Passes between two questions whether any rank has work left: a reduced flag costs little, 15 idle passes too."""
 PREFILL_TOKENS = 16384
 """Most prompt tokens of one forward, padding included: they bound what its activations take."""
+COMPILED_COLUMNS = 256
+"""A compiled step's cache is a multiple of this wide: prompts of other lengths seldom have it compiled anew."""
 SPARE_COLUMNS = 64
 """Tokens between two moves of the cache to the front of its buffers, which go on as long as prompts are taken in."""
 
@@ -47,9 +53,12 @@ def generate(
             weights, all ranks must make as many, and this does what one does except to compute.
     """
     uniforms = token_uniforms(seed, stream, prompts.draws, prompts.samples, settings.max_new_tokens)
-    decoding = _Decoding(module, prompts, settings, stops, uniforms)
+    compiled = settings.compile and idle is None
+    if settings.compile and not compiled:
+        logger.warning("generation.compile: not all weights fit the device; steps that fetch some aren't compiled")
+    decoding = _Decoding(module, prompts, settings, stops, uniforms, compiled)
     if idle is None:
-        with packed_linears(module):
+        with nullcontext() if compiled else packed_linears(module):  # a compiler can't read packed weights
             while decoding.busy:
                 decoding.one_pass()
     else:
@@ -117,7 +126,13 @@ class _Decoding:
     """
 
     def __init__(
-        self, module: PreTrainedModel, prompts: Prompts, settings: GenerationConfig, stops: Stops, uniforms: Tensor
+        self,
+        module: PreTrainedModel,
+        prompts: Prompts,
+        settings: GenerationConfig,
+        stops: Stops,
+        uniforms: Tensor,
+        compiled: bool,
     ):
         self.module, self.device = module, next(module.parameters()).device
         self.prompts, self.settings, self.stops, self.uniforms = prompts, settings, stops, uniforms
@@ -133,7 +148,12 @@ class _Decoding:
         if len(prompts):
             longest, most = int(prompts.prompt_lengths.max()), int(self.limits.max())
             spare = SPARE_COLUMNS if self.slots < len(prompts) else 0
-            self.rows = MovingRows(self.slots, longest, longest + most + spare) if can_move else FixedRows()
+            columns = longest + most + spare
+            if compiled:
+                columns = math.ceil(columns / COMPILED_COLUMNS) * COMPILED_COLUMNS
+            kind = StillRows if compiled else MovingRows
+            self.rows = kind(self.slots, longest, columns) if can_move else FixedRows()
+        self.step = _compiled(module) if compiled else module
         self._banned: Tensor | None = None
 
     @property
@@ -163,7 +183,7 @@ class _Decoding:
         width = int(lengths.max())
         ids, mask = self.prompts.prompt_ids[firsts, -width:], self.prompts.prompt_mask[firsts, -width:]
         cache = DynamicCache(config=self.module.config)
-        logits = self._logits(ids, mask.to(self.device), cache)
+        logits = self._logits(self.module, ids, mask.to(self.device), cache)
         indices = torch.tensor(list(itertools.chain.from_iterable(groups)))
         sources = torch.repeat_interleave(torch.tensor([len(group) for group in groups]))
         tokens = self._draw(indices, logits[sources.to(self.device)])
@@ -196,7 +216,9 @@ class _Decoding:
 
     def _decode(self) -> None:
         """One more token for each live row, then their slots back from those that have ended."""
-        logits = self._logits(self.tokens[:, None], self.rows.next_mask(), self.rows.cache)
+        mask = self.rows.next_mask()
+        ids = nn.functional.pad(self.tokens, (0, len(mask) - len(self.tokens)))[:, None]
+        logits = self._logits(self.step, ids, mask, self.rows.cache)[: len(self.tokens)]
         self.rows.advance()
         self.tokens = self._draw(self.indices, logits)
         alive = ~self.done[self.indices]
@@ -207,10 +229,10 @@ class _Decoding:
             self.rows.keep(order.to(self.device))
             self.indices, self.tokens = self.indices[order], self.tokens[order]
 
-    def _logits(self, ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
+    def _logits(self, module: nn.Module, ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
         """`[B, V]` float32 after the last of `ids`."""
         ids = ids.to(self.device)
-        output = causal.call(self.module, ids, mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output = causal.call(module, ids, mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return output.logits[:, -1].float()
 
     def _draw(self, indices: Tensor, logits: Tensor) -> Tensor:
@@ -256,6 +278,12 @@ class _Decoding:
                 checked = at if at > least else 0  # a stop string that came too early ends the response now
                 ended[rows] = self.stops.reached(self.responses.ids[indices[rows], : at + 1], checked)
         return ended
+
+
+def _compiled(module: PreTrainedModel) -> nn.Module:
+    """The module for steps of one shape; on a GPU a step is one launch of a CUDA graph."""
+    on_gpu = next(module.parameters()).device.type == "cuda"
+    return torch.compile(module, dynamic=False, mode="reduce-overhead" if on_gpu else "default")
 
 
 def _identical(prompts: Prompts) -> list[list[int]]:

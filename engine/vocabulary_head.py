@@ -25,7 +25,7 @@ from torch.autograd import Function
 from torch.autograd.graph import get_gradient_edge
 from transformers import PreTrainedModel
 
-from engine import causal
+from engine import causal, onednn
 
 LOGITS_BYTES = 64 * 2**20
 """Size of a chunk's float32 logits."""
@@ -82,6 +82,7 @@ class VocabularyHead(nn.Module):
         backbone = causal.backbone(model)
         # Set past nn.Module, which would list the copy as a child: then DeepSpeed would hang its hooks into it.
         self.__dict__["copy"] = copy.deepcopy(model, shared | {id(backbone): _HandsOn(backbone)})
+        onednn.take_over(self.copy)
         for name, part in self.copy.named_modules():
             if not isinstance(part, _HandsOn):
                 # The same dictionary: wherever DeepSpeed moves the buffers, the copy finds them.

@@ -24,7 +24,7 @@ from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-from engine import causal, dist, traffic
+from engine import causal, dist, onednn, traffic
 from engine.config import OptimizerSettings
 from engine.errors import RecipeError
 from engine.fetching import FetchOrders, decoder_layers, kind_of, prefetch_elements
@@ -234,6 +234,7 @@ class FrozenEngine:
             deepspeed.utils.set_z3_leaf_module(part, True)
         with _quiet():
             self.engine, *_ = deepspeed.initialize(model=module, config=config)
+        onednn.take_over(module)
         self.module = module
 
     @property

@@ -10,11 +10,11 @@ import pytest
 from engine.config import REPOSITORY
 
 LAYERS = [
-    {"errors", "combinations", "device_memory", "section", "traffic", "fetching"},
+    {"errors", "combinations", "device_memory", "section", "traffic", "fetching", "onednn", "attention"},
     {"ppo", "batch", "causal", "config", "dist", "randomness", "stories", "reward_text", "stopping", "workloads"},
     {"role_steps"},
     {"zero", "ds_config", "plugins", "command_line", "console", "minibatches", "models", "prompts", "metrics"}
-    | {"scoring", "flops", "machine", "kv_cache", "packed_linear"},
+    | {"scoring", "flops", "machine", "kv_cache"},
     {"adapters", "run_folder", "sampling", "fused_lora", "vocabulary_head"},
     {"roles", "adapter_checks"},
     {"weight_groups"},

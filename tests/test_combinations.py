@@ -69,6 +69,14 @@ REFUSED = {
         {"generation.min_new_tokens": 7},
         ["min_new_tokens may not exceed max_new_tokens", "got 7 > 6", "lower generation.min_new_tokens"],
     ),
+    "a compiled step that fetches": (
+        {"generation.compile": True, "generation.gather_budget_bytes": 0},
+        [
+            "needs weights that stay",
+            "got generation.gather_budget_bytes 0",
+            "set that to auto, or generation.compile to",
+        ],
+    ),
     # --- engine/combinations.py: sizes
     "offloaded activations": (
         {"zero.offload_activations": True},
@@ -422,6 +430,14 @@ REFUSED = {
         {"model.path": "ctrl", "zero.activation_checkpointing": True},
         ["type ctrl can't recompute activations", "got zero.activation_checkpointing true", "set it to false"],
     ),
+    "a compiled step with states": (
+        {"model.path": "jamba", "generation.compile": True},
+        [
+            "type jamba can't decode with a cache of one size",
+            "got jamba with generation.compile true",
+            "set that to false",
+        ],
+    ),
     # --- checkpoints that are quantized already
     "a packed policy": (
         {"model.path": "packed"},
@@ -668,6 +684,7 @@ def world(tmp_path_factory) -> Path:
     save_family(world / "mixtral", "mixtral", num_key_value_heads=2, **sizes)
     save_family(world / "falcon", "falcon", alibi=True, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
     save_family(world / "ctrl", "ctrl", n_embd=32, dff=64, n_layer=1, n_head=4)
+    save_family(world / "jamba", "jamba", num_key_value_heads=2, **{**sizes, "num_hidden_layers": 5})
     save_adapters(world)
     save_tokenizers(world)
     rows = [{"prompt": "ab", "zero": 0, "three": 3, "seven": 7}] * 5

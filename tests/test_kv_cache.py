@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from engine import causal, dist
 from engine import rollout as rollout_module
 from engine.config import GenerationConfig
-from engine.kv_cache import MovingRows, can_move_rows
+from engine.kv_cache import MovingRows, can_move_rows, can_stand_still
 from engine.rollout import AGREE_EVERY, generate
 from engine.stopping import Stops
 from tests import families, tiny
@@ -168,7 +168,17 @@ def test_every_family_decodes_as_whole_sequences_do(name, checkpoint, monkeypatc
     assert can_move_rows(module.config)
     limits = torch.tensor([10, 4, 7, 10, 2, 10, 10, 5, 3, 10])
     prompts = dataclasses.replace(prompts_of([5, 8, 2, 7, 3], samples=2), max_new_tokens=limits)
-    settings, worst = GenerationConfig(max_new_tokens=10, max_concurrent_sequences=4), 0.0
+    settings = GenerationConfig(max_new_tokens=10, max_concurrent_sequences=4)
+    assert worst_logprob(module, prompts, settings) < 1e-5
+    if can_stand_still(module):
+        monkeypatch.setattr(rollout_module, "_compiled", lambda module: module)
+        monkeypatch.setattr(rollout_module, "COMPILED_COLUMNS", 1)  # the buffers' end is met, too
+        assert worst_logprob(module, prompts, settings.model_copy(update={"compile": True})) < 1e-5
+
+
+def worst_logprob(module, prompts, settings) -> float:
+    """The largest deviation of the sampler's log-probs from those of whole sequences."""
+    worst = 0.0
     with torch.no_grad():
         rollout = generate(module, prompts, settings, Stops(()), seed=1)
         for row in range(len(prompts)):
@@ -177,7 +187,7 @@ def test_every_family_decodes_as_whole_sequences_do(name, checkpoint, monkeypatc
             logprobs = module(ids[None], use_cache=False).logits[0, p - 1 : -1].log_softmax(-1)
             wanted = logprobs.gather(-1, ids[p:, None])[:, 0]
             worst = max(worst, (wanted - rollout.sampler_logprobs[row, :r]).abs().max().item())
-    assert worst < 1e-5
+    return worst
 
 
 def test_a_cache_that_cannot_be_taken_apart(monkeypatch):

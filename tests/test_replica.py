@@ -254,7 +254,7 @@ def same_and_bounded(found: dict) -> None:
         if one["logits"] is not None:
             assert torch.equal(one["logits"], expected["logits"]), name
         assert torch.equal(one["tokens"], expected["tokens"]), name
-        # Not to the bit: the sampler packs weights that all stay (packed_linear.py), and then rounds in another order.
+        # Not to the bit: the sampler packs weights that all stay (onednn.py), and then rounds in another order.
         assert torch.allclose(one["logprobs"], expected["logprobs"], atol=1e-5), name
         assert one["shards stand"] and one["left"] == 0, name
         assert 0 < one["peak"] <= budget + 2 * largest, (name, one["peak"], budget, largest)

@@ -1,0 +1,74 @@
+"""Attention in 16 bit on a CPU: computed in float32, by every model whose attention is sdpa."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from engine import attention, models
+from engine.config import ModelConfig
+from tests import tiny
+
+
+@pytest.fixture
+def registered():
+    """What a test registers goes again."""
+    yield AttentionInterface._global_mapping
+    AttentionInterface.register("sdpa", sdpa_attention_forward)
+
+
+def inputs(dtype, heads=4, kv_heads=2):
+    torch.manual_seed(0)
+    shapes = [(2, heads, 9, 8), (2, kv_heads, 9, 8), (2, kv_heads, 9, 8)]
+    return [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
+
+
+def outputs(function, tensors, mask):
+    module = nn.Module()
+    module.num_key_value_groups, module.is_causal = 2, True
+    output = function(module, *tensors, mask)[0]
+    output.backward(torch.ones_like(output) * torch.arange(8).to(output.dtype))
+    return [output, *(x.grad for x in tensors)]
+
+
+def exact(tensors, mask):
+    wide = [x.detach().double().requires_grad_() for x in tensors]
+    query, key, value = wide[0], *(x.repeat_interleave(2, dim=1) for x in wide[1:])
+    output = scaled_dot_product_attention(query, key, value, mask).transpose(1, 2)
+    output.backward(torch.ones_like(output) * torch.arange(8))
+    return [output, *(x.grad for x in wide)]
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_against_float64(dtype, kind):
+    mask = torch.ones(2, 1, 9, 9, dtype=torch.bool).tril()
+    mask[1, ..., 0] = False
+    mask[1, :, 0, 0] = True
+    wanted = exact(inputs(dtype), mask)
+    given = mask if kind == "bool" else torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+    found = outputs(attention._sdpa, inputs(dtype), given)
+    for own, other in zip(found, wanted, strict=True):
+        assert own.dtype == dtype
+        # What is left is one rounding, of the result: half a unit in the last place.
+        error, allowed = (own.double() - other).abs(), torch.finfo(dtype).eps / 2 * other.abs()
+        assert (error <= 1.01 * allowed + 4e-6 * other.abs().max()).all()
+
+
+def test_a_loaded_model_computes_so(tmp_path, registered, monkeypatch):
+    tiny.llama().save_pretrained(tmp_path)
+    seen, plain = [], attention.sdpa_attention_forward
+
+    def watched(module, query, *rest, **settings):
+        seen.append(query.dtype)
+        return plain(module, query, *rest, **settings)
+
+    monkeypatch.setattr(attention, "sdpa_attention_forward", watched)
+    model = models.load_causal(ModelConfig(path=str(tmp_path), dtype="bfloat16"))
+    logits = model(torch.arange(6)[None]).logits
+    assert logits.dtype == torch.bfloat16
+    assert seen == [torch.float32] * model.config.num_hidden_layers
