@@ -34,6 +34,8 @@ class _Span:
     """The leftmost column that a row uses."""
     end: int = 0
     """The column that the next token is written to."""
+    column: Tensor | None = None
+    """The same as a scalar int64 on the device, for a compiled step: it can't follow a Python number."""
 
 
 class _AttentionRows(CacheLayerMixin):
@@ -104,9 +106,10 @@ class _StillRows(_AttentionRows):
 
     def __init__(self, like: DynamicLayer, span: _Span, rows: int, columns: int):
         super().__init__(like, span, rows, columns)
-        self.column = torch.zeros((), dtype=torch.int64, device=like.keys.device)
+        if span.column is None:
+            span.column = torch.zeros((), dtype=torch.int64, device=like.keys.device)
         self.keys, self.values = self.buffers
-        for tensor in (*self.buffers, self.column):
+        for tensor in (*self.buffers, span.column):
             torch._dynamo.mark_static_address(tensor)  # a CUDA graph reads them where they are
 
     def append(self, prefilled: DynamicLayer, sources: Tensor) -> None:
@@ -116,14 +119,14 @@ class _StillRows(_AttentionRows):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         for buffer, new in ((self.keys, key_states), (self.values, value_states)):
-            buffer.index_copy_(2, self.column[None], new)
+            buffer.index_copy_(2, self.span.column[None], new)
         return self.keys, self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.keys.shape[2], 0
 
     def get_seq_length(self) -> Tensor:
-        return self.column
+        return self.span.column
 
 
 class _StateRows(LinearAttentionLayer):
@@ -273,8 +276,7 @@ class StillRows(MovingRows):
     def next_mask(self) -> Tensor:
         """`[slots, columns]` bool."""
         slots, columns = self._sizes
-        for layer in self.cache.layers:
-            layer.column.fill_(self.span.end)
+        self.span.column.fill_(self.span.end)
         places = torch.arange(columns, device=self._starts.device)
         starts = torch.nn.functional.pad(self._starts, (0, slots - len(self._starts)), value=self.span.end)
         return (places >= starts[:, None]) & (places <= self.span.end)

@@ -1124,10 +1124,18 @@ MUTANTS += [
     alone(
         "budget-without-padding",
         "minibatches",
-        "len(rows) * int(lengths[rows].max())",
-        "int(lengths[rows].sum())",
+        "np.arange(end, 0, -1) * lengths[:end]",
+        "lengths[:end][::-1].cumsum()[::-1]",
         "a forward holds more than its budget of tokens",
         "test_minibatches.py::test_the_budget_is_kept_unless_one_sequence_is_longer",
+    ),
+    alone(
+        "forwards-for-nothing",
+        "minibatches",
+        "budget * FORWARD_SHARE",
+        "0",
+        "each length gets a forward of its own",
+        "test_minibatches.py::test_no_way_to_cut_is_cheaper",
     ),
     alone(
         "inference-in-small-pieces",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -103,9 +105,28 @@ def test_the_budget_is_kept_unless_one_sequence_is_longer(budget, world_size):
 
 
 def test_a_budget_by_hand():
-    """17, 14, 11, 10, 10, 9, 8, 7, 5, 2 within 40 tokens: 2 x 17, 3 x 11, 4 x 9, 1 x 2."""
+    """Within 40 tokens, where a forward costs 2.5 of its own: 9 beside 10 and 10 is padded by 1, 2 beside 5 by 3."""
     (own,) = deal(torch.arange(10), LENGTHS, by_tokens(40), 1)
-    assert [part.tolist() for part in own] == [[4, 6], [1, 2, 7], [0, 8, 9, 5], [3]]
+    assert [LENGTHS[part].tolist() for part in own] == [[17], [14], [11], [10, 10, 9], [8, 7], [5], [2]]
+
+
+def cheapest_of_all(lengths: list[int], budget: int) -> float:
+    """Padded tokens and what forwards cost, by trying every way to cut."""
+    costs = []
+    for cuts in itertools.product([False, True], repeat=len(lengths) - 1):
+        at = [0, *(index + 1 for index, cut in enumerate(cuts) if cut), len(lengths)]
+        parts = [lengths[start:end] for start, end in itertools.pairwise(at)]
+        if all(len(part) * part[0] <= budget or len(part) == 1 for part in parts):
+            costs.append(sum(len(part) * part[0] + budget / 16 for part in parts))
+    return min(costs)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_no_way_to_cut_is_cheaper(seed):
+    lengths, budget = random_lengths(9, seed), 100 + 60 * seed
+    (own,) = deal(torch.arange(9), lengths, by_tokens(budget), 1)
+    cost = sum(laid_out(part, lengths) + budget / 16 for part in own)
+    assert cost == pytest.approx(cheapest_of_all(sorted(lengths.tolist(), reverse=True), budget))
 
 
 def test_equal_lengths_stay_in_order():
@@ -114,7 +135,7 @@ def test_equal_lengths_stay_in_order():
 
 
 def test_a_budget_of_everything_is_one_forward():
-    assert [len(own) for own in deal(torch.arange(10), LENGTHS, by_tokens(170), 1)] == [1]
+    assert [len(own) for own in deal(torch.arange(10), LENGTHS, by_tokens(1700), 1)] == [1]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
@@ -178,7 +199,7 @@ def test_ranks_agree_on_how_often_to_cut_what_each_brings(pool):
     first, second = pool.run(own_rows_cut)
     assert list(zip(first, second, strict=True)) == [
         ([[0, 1], [2, 3], [4]], [[], [], []]),
-        ([[4], [1, 2], [0, 3]], [[], [], []]),
+        ([[4], [1], [2, 0], [3]], [[], [], [], []]),
         ([[0], []], [[0, 1], [2]]),
         ([[0], []], [[0, 1], [2]]),
         ([[]], [[]]),
@@ -252,7 +273,7 @@ def test_ranks_and_budgets_do_not_change_what_inference_finds(pool, single):
     "sizes, widths",
     [
         ({"micro_batch_sequences": 2}, [12] * 7),  # eight at a time
-        ({"tokens_per_micro_batch": 14}, [12, 12, 12, 7, 7, 7, 12]),  # 56: 4 x 12, 3 x 7
+        ({"tokens_per_micro_batch": 14}, [12, 7, 7, 7, 7, 7, 12]),  # 56: 2 x 12, 5 x 7
     ],
 )
 def test_inference_takes_more_at_once(alone, sizes, widths):
