@@ -49,6 +49,11 @@ def fuse(model: nn.Module, whole: Callable[[nn.Parameter], bool] = lambda parame
     return len(found)
 
 
+def is_fused(model: nn.Module) -> bool:
+    """Whether `fuse` replaced any layer."""
+    return any(type(module) is _Through for module in model.modules())
+
+
 def matrices(model: nn.Module) -> list[nn.Parameter]:
     """A and B of every adapter."""
     return [p for layer in model.modules() if isinstance(layer, LoraLayer) for p in _adapters(layer)]
@@ -60,7 +65,7 @@ def _adapters(layer: LoraLayer) -> list[nn.Parameter]:
 
 def _plain(layer: LoraLinear) -> bool:
     return (
-        type(layer.base_layer) is nn.Linear
+        type(layer.base_layer) in (nn.Linear, onednn.Linear)
         and not layer.base_layer.weight.requires_grad
         and not layer.fan_in_fan_out
         and not layer.lora_variant

@@ -71,6 +71,8 @@ class HybridEngine:
         self.role_steps = dict.fromkeys(settings, 0)
         self.replica = Replica(roles)
         self.engine = _trained(roles, (ACTOR, CRITIC) if critic is None else (ACTOR,), recipe)
+        if fused_lora.is_fused(roles):
+            fused_lora.fuse(self.replica.module)  # in 16 bit the sampler must round as training does
         self.critic_engine = self.engine if critic is None else _trained(critic, (CRITIC,), recipe)
         self.reference = self.reference_logits = None
         if reference is not None:

@@ -17,7 +17,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from engine import adapters, fused_lora, onednn
+from engine import adapters, onednn
 from engine.roles import ACTOR, RolesModel
 from engine.weight_groups import Visits, Weight, grouped, put, split
 
@@ -106,7 +106,6 @@ def _skeleton(original: PreTrainedModel, merged: bool) -> tuple[PreTrainedModel,
                 weight.places.append((part, leaf))
     # In train() mode, as what trains is: bitsandbytes' layers compute differently in eval(), and repack in place.
     module.requires_grad_(False)
-    fused_lora.fuse(module)
     onednn.take_over(module)
     return module, list(weights.values())
 
