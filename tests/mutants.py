@@ -3,6 +3,7 @@
     python tests/mutants.py                      every mutant of mutant_table.py (minutes)
     python tests/mutants.py --short              those that a single process kills in seconds
     python tests/mutants.py --only kl-sign ...   these
+    python tests/mutants.py --file engine/ppo.py those of one file
     python tests/mutants.py --check              only that each one still fits the source; runs no test
 
 A mutant is one replacement in a copy of the tree, of which the named tests must fail (pytest exit code 1). One that all
@@ -198,6 +199,7 @@ def _table(outcomes: Sequence[Outcome]) -> Table:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these mutants")
+    parser.add_argument("--file", choices=sorted({mutant.file for mutant in MUTANTS}), help="those of this file")
     parser.add_argument("--short", action="store_true", help="the short ones")
     parser.add_argument("--check", action="store_true", help="run nothing; does every mutant fit the source?")
     options = parser.parse_args(arguments)
@@ -206,7 +208,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     mutants = [
         mutant
         for mutant in MUTANTS
-        if (options.only is None or mutant.name in options.only) and (mutant.short or not options.short)
+        if (options.only is None or mutant.name in options.only)
+        and (options.file is None or mutant.file == options.file)
+        and (mutant.short or not options.short)
     ]
     console = Console(width=None if sys.stdout.isatty() else 160)
     if found := problems(mutants):
