@@ -187,7 +187,7 @@ SAMPLERS = {
 @pytest.mark.parametrize("form", SAMPLERS)
 @torch.no_grad()
 def test_the_replica_computes_what_the_actor_does(form):
-    """To the bit where nothing is merged."""
+    """But for rounding: merged weights round once more, and the replica's products are oneDNN's."""
     lora, dtype = SAMPLERS[form]
     recipe = tiny.recipe(actor={"lora": lora})
     torch.manual_seed(0)
@@ -196,7 +196,7 @@ def test_the_replica_computes_what_the_actor_does(form):
     tiny.moved(model, [p for role in (ACTOR, CRITIC) for p in model.role_parameters(role).values()])
     ids, replica = tiny.rollout().sequences, Replica(model)
     expected, module = model.causal(ids).logits, replica.fill()
-    assert (expected - module(ids).logits).abs().max() < (1e-4 if replica.merged else 1e-9)
+    assert (expected - module(ids).logits).abs().max() < (1e-4 if replica.merged else 5e-6)
     plain = [m for m in module.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
     assert bool(plain) == (not replica.merged)
     replica.free()
