@@ -10,7 +10,8 @@ import pytest
 from engine.config import REPOSITORY
 
 LAYERS = [
-    {"errors", "combinations", "device_memory", "section", "traffic", "fetching", "onednn", "attention"},
+    {"errors", "combinations", "device_memory", "section", "traffic", "fetching", "onednn", "attention"}
+    | {"checkpoint_store"},
     {"ppo", "batch", "causal", "config", "dist", "randomness", "stories", "reward_text", "stopping", "workloads"},
     {"role_steps"},
     {"zero", "ds_config", "plugins", "command_line", "console", "minibatches", "models", "prompts", "metrics"}
