@@ -16,6 +16,7 @@ from engine.config import ModelConfig, OptimizerSettings, Recipe, steps_per_iter
 from engine.ds_config import read_ds_config, resolve_ds_config
 from engine.replica import Replica
 from engine.roles import ACTOR, CRITIC, Layout, ReferenceModel, RolesModel, RolesOutput, ValueModel, named_adapters
+from engine.sharded_loading import refused_together, sharded_loading
 
 logger = dist.get_logger(__name__)
 
@@ -93,17 +94,17 @@ class HybridEngine:
         raw, dtype = read_ds_config(recipe.zero.ds_config), models.DTYPES[recipe.model.dtype]
         zero.check_dtype(dtype)
         critic = reference = None
-        with zero.refused_together():  # before anything communicates: injecting some adapters does
+        with refused_together():  # before anything communicates: injecting some adapters does
             sources = named_adapters(recipe)
-        with zero.sharded_loading(raw, dtype):
+        with sharded_loading(raw, dtype):
             roles = RolesModel(models.load_causal(recipe.model), recipe, sources)
         if recipe.critic.home == "model":
             settings = _another(recipe.model, recipe.critic_path, quantized=recipe.critic.train == "lora")
-            with zero.sharded_loading(raw, dtype):
+            with sharded_loading(raw, dtype):
                 critic = ValueModel(models.load_critic(settings), recipe.critic)
         if recipe.reference_home == "model":
             settings = _another(recipe.model, recipe.reference_path, quantized=True)
-            with zero.sharded_loading(zero.frozen_config(dtype, recipe.reference.offload_param == "cpu"), dtype):
+            with sharded_loading(zero.frozen_config(dtype, recipe.reference.offload_param == "cpu"), dtype):
                 reference = ReferenceModel(models.load_causal(settings), recipe.generation.temperature)
         return cls(roles, recipe, critic, reference)
 
@@ -260,6 +261,21 @@ class HybridEngine:
         return {
             role: 0.0 if role in frozen else self.schedules[role].rate(step) for role, step in self.role_steps.items()
         }
+
+    def capture(self) -> tuple[dict[str, dict[str, Tensor]], dict]:
+        """All that training has made: by role its masters and moments, whole, and counts beside them; a collective."""
+        found = {role: self._engine_of(role).capture(self.role_parameters(role)) for role in self.role_steps}
+        tensors = {role: tensors for role, (tensors, _) in found.items()}
+        return tensors, {role: {"schedule": self.role_steps[role], **found[role][1]} for role in found}
+
+    def restore(self, tensors: dict[str, dict[str, Tensor]], numbers: dict) -> None:
+        """Put back what `capture` gave, whole on every rank; the number of ranks and the stage may be others."""
+        for role in self.role_steps:
+            self._engine_of(role).restore(self.role_parameters(role), tensors[role], numbers[role])
+            self.role_steps[role] = numbers[role]["schedule"]
+
+    def _engine_of(self, role: str) -> zero.TrainedEngine:
+        return self.critic_engine if role == CRITIC and self.critic is not None else self.engine
 
     def frozen_hash(self) -> str:
         """SHA-256 of this rank's shards of all that must never move: base, frozen adapters, a reference of its own."""

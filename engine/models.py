@@ -48,7 +48,7 @@ def load_tokenizer(settings: ModelConfig) -> PreTrainedTokenizerBase:
 def load_causal(settings: ModelConfig) -> PreTrainedModel:
     """The base model, frozen, in the recipe's dtype, in train() mode with every dropout at 0.
 
-    Inside `zero.sharded_loading` it comes out in shards, and every rank must call it; a quantized one comes out whole.
+    Inside `sharded_loading` it comes out in shards, and every rank must call it; a quantized one comes out whole.
 
     Raises:
         RecipeError: the checkpoint can't be read or is of another kind.

@@ -20,6 +20,7 @@ from engine.plugins import line_of, load_function
 from engine.reward_text import RewardText, other_tokenizer
 from engine.roles import reward_role
 from engine.scoring import last_token_scores
+from engine.sharded_loading import sharded_loading
 from engine.stopping import scored_text
 
 logger = dist.get_logger(__name__)
@@ -99,7 +100,7 @@ class RewardModel:
         self.messages_column = recipe.data.messages_column
         dtype, trust = recipe.model.dtype, recipe.model.trust_remote_code
         offload = config.offload_param == "cpu"
-        with zero.sharded_loading(zero.frozen_config(models.DTYPES[dtype], offload), models.DTYPES[dtype]):
+        with sharded_loading(zero.frozen_config(models.DTYPES[dtype], offload), models.DTYPES[dtype]):
             model = models.load_scorer(config.model, dtype, trust)
         own = other_tokenizer(config.model, tokenizer, self.messages_column is not None, trust)
         # Not every model has a limit, and transformers has one name for those that have.

@@ -10,7 +10,7 @@ import hashlib
 import io
 import os
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +22,8 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
-from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-from engine import causal, dist, onednn, traffic
+from engine import causal, dist, onednn, optimizer_state, traffic
 from engine.config import OptimizerSettings
 from engine.errors import RecipeError
 from engine.fetching import FetchOrders, decoder_layers, kind_of, prefetch_elements
@@ -216,6 +215,21 @@ class TrainedEngine:
         finally:
             self.steps.skip = False
 
+    def capture(self, parameters: Mapping[str, nn.Parameter]) -> tuple[dict[str, Tensor], dict]:
+        """Masters and moments of some trained parameters, whole, and the numbers beside them; a collective."""
+        at = optimizer_state.pieces(self.engine.optimizer, parameters)
+        numbers = {"step": optimizer_state.steps(self.optimizer, at)}
+        if self.scales_loss:
+            numbers["loss_scale"] = optimizer_state.loss_scale(self.engine.optimizer)
+        return optimizer_state.capture(self.optimizer, parameters, at), numbers
+
+    def restore(self, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], numbers: dict) -> None:
+        """Put back what `capture` gave, at whatever stage and number of ranks."""
+        at = optimizer_state.pieces(self.engine.optimizer, parameters)
+        optimizer_state.restore(self.optimizer, parameters, at, tensors, numbers["step"])
+        if self.scales_loss:
+            optimizer_state.restore_loss_scale(self.engine.optimizer, numbers.get("loss_scale", {}))
+
     def close(self) -> None:
         """Give back hooks and buffers."""
         self.engine.destroy()
@@ -324,60 +338,6 @@ class Fetch:
         wanted = list(self.held) if parameters is None else [id(p) for p in parameters if id(p) in self.held]
         for key in wanted:
             self.held.pop(key).partition()
-
-
-@contextmanager
-def sharded_loading(ds_config: dict | None, dtype: torch.dtype) -> Iterator[None]:
-    """Inside, transformers models load straight into ZeRO-3 shards: no rank ever holds one whole (a collective).
-
-    Rank 0 reads the files tensor by tensor and sends each rank its part. Quantized models load whole: bitsandbytes
-    can't quantize a shard. Below stage 3 nothing changes.
-
-    Args:
-        ds_config: as read or as resolved; its stage and offload_param count here.
-
-    Raises:
-        RecipeError: the model can't be loaded; what one rank alone notices, such as a tensor of the wrong size, is
-            raised on every rank.
-    """
-    zero = (ds_config or {}).get("zero_optimization", {})
-    with refused_together():
-        if zero.get("stage", 0) != 3:
-            yield
-            return
-        # transformers keeps a weak reference that changes every model it builds; a later one must not come out sharded.
-        state = HfDeepSpeedConfig(_loading_config(zero, dtype))
-        try:
-            yield
-        finally:
-            del state
-
-
-@contextmanager
-def refused_together() -> Iterator[None]:
-    """A RecipeError of any rank inside is raised on every rank at the end: the others would wait for it for ever."""
-    problems: tuple[str, ...] = ()
-    try:
-        yield
-    except RecipeError as error:
-        problems = error.problems
-    found = [problem for rank_problems in dist.all_gather_objects(problems) for problem in rank_problems]
-    if found:
-        raise RecipeError(*dict.fromkeys(found))
-
-
-def _loading_config(zero: dict, dtype: torch.dtype) -> dict:
-    """What decides how a parameter is cut and where its shards lie, before anything else is known."""
-    # What is "auto" still is resolved for the engine later, and none of it cuts a parameter.
-    kept = {key: value for key, value in zero.items() if value != "auto"}
-    if isinstance(kept.get("offload_param"), dict) and kept["offload_param"].get("pin_memory") == "auto":
-        kept["offload_param"] = {**kept["offload_param"], "pin_memory": torch.cuda.is_available()}
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "bf16": {"enabled": dtype == torch.bfloat16},
-        "fp16": {"enabled": dtype == torch.float16},
-        "zero_optimization": kept,
-    }
 
 
 def elements(parameter: nn.Parameter) -> int:

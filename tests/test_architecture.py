@@ -13,7 +13,7 @@ LAYERS = [
     {"errors", "combinations", "device_memory", "section", "traffic", "fetching", "onednn", "attention"}
     | {"checkpoint_store"},
     {"ppo", "batch", "causal", "config", "dist", "randomness", "stories", "reward_text", "stopping", "workloads"},
-    {"role_steps"},
+    {"role_steps", "optimizer_state", "sharded_loading"},
     {"zero", "ds_config", "plugins", "command_line", "console", "minibatches", "models", "prompts", "metrics"}
     | {"scoring", "flops", "machine", "kv_cache"},
     {"adapters", "run_folder", "sampling", "fused_lora", "vocabulary_head"},

@@ -23,6 +23,7 @@ from engine.ds_config import read_ds_config
 from engine.errors import RecipeError
 from engine.hybrid_engine import HybridEngine
 from engine.roles import ACTOR, CRITIC, Layout, RolesModel
+from engine.sharded_loading import sharded_loading
 from tests import checkpoints, tiny
 from tests.distributed import Pool
 
@@ -162,7 +163,7 @@ class TestQuantized:
 
 def base_in_shards(folder: Path, ds_config: str, **changes):
     asked = settings(folder, **changes)
-    with zero.sharded_loading(read_ds_config(ds_config), models.DTYPES[asked.dtype]):
+    with sharded_loading(read_ds_config(ds_config), models.DTYPES[asked.dtype]):
         return models.load_causal(asked)
 
 
@@ -235,7 +236,7 @@ def test_a_base_loaded_in_shards_trains_to_the_same_bits(pool, tmp_path, ds_conf
 
 def scores(folder: Path, sharded: bool) -> torch.Tensor:
     config = zero.frozen_config(torch.float32, offload_to_cpu=False)
-    with zero.sharded_loading(config if sharded else None, torch.float32):
+    with sharded_loading(config if sharded else None, torch.float32):
         model = models.load_scorer(str(folder), "float32")
     assert all(zero.is_gathered(p) != sharded for p in model.parameters())
     engine = zero.FrozenEngine(model, torch.float32, offload_to_cpu=False)

@@ -14,6 +14,7 @@ from engine.config import Recipe
 from engine.ds_config import read_ds_config
 from engine.hybrid_engine import HybridEngine
 from engine.roles import ACTOR, CRITIC, RolesModel
+from engine.sharded_loading import sharded_loading
 from engine.update import update
 from tests import tiny
 from tests.test_homes import weights
@@ -46,7 +47,7 @@ def loaded(recipe: Recipe) -> HybridEngine:
     """As a run loads it, adapters away from their start."""
     allow_float16()
     raw = read_ds_config(recipe.zero.ds_config)
-    with zero.sharded_loading(raw, models.DTYPES[recipe.model.dtype]):
+    with sharded_loading(raw, models.DTYPES[recipe.model.dtype]):
         roles = RolesModel(models.load_causal(recipe.model), recipe)
     trained = [p for role in (ACTOR, CRITIC) for p in roles.role_parameters(role).values()]
     return HybridEngine(tiny.moved(roles, trained), recipe)

@@ -1,0 +1,116 @@
+"""Masters and moments come out of every ZeRO stage whole, and go back bitwise, on another stage or number of ranks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine import models, zero
+from engine.config import Recipe
+from engine.hybrid_engine import HybridEngine
+from engine.update import update
+from tests import tiny
+from tests.test_numbers import allow_float16
+
+pytestmark = pytest.mark.dist
+
+OFFLOAD = "ds_configs/zero3_cpu_offload.json"
+STAGES = [tiny.ds_config(name) for name in ("zero0", "zero1", "zero2", "zero3")]
+ADAPTER, MODEL, TRUNK = {}, {"critic": {"home": "model"}}, {"critic": {"home": "trunk", "warmup_iterations": 2}}
+FULL = {"actor": {"train": "full"}, "critic": {"home": "model", "train": "full"}, "reference": {"home": "model"}}
+ZERO0, ZERO1, ZERO2, ZERO3 = STAGES
+RUNS = [(stage, "float32", ADAPTER) for stage in (ZERO0, ZERO2, ZERO3, OFFLOAD)]
+RUNS += [(stage, "bfloat16", ADAPTER) for stage in (ZERO0, ZERO1, ZERO3)]
+RUNS += [(ZERO3, "float16", ADAPTER), (ZERO3, "float32", MODEL), (ZERO2, "float32", TRUNK), (ZERO2, "bfloat16", FULL)]
+
+
+def engine_of(stage: str, dtype: str, homes: dict) -> tuple[HybridEngine, Recipe]:
+    allow_float16()
+    recipe = tiny.recipe(model={"dtype": dtype}, zero={"ds_config": stage}, iterations=9, **homes)
+    return tiny.engine(recipe, models.DTYPES[dtype]), recipe
+
+
+def train(engine: HybridEngine, recipe: Recipe, iterations: range) -> None:
+    for iteration in iterations:
+        frozen = frozenset({"actor"}) if iteration < recipe.critic.warmup_iterations else frozenset()
+        update(engine, tiny.experience(seed=iteration), recipe, iteration, 0.0, frozen)
+
+
+def same(one, other) -> bool:
+    """Bytes, not numbers: -0.0 is not 0.0."""
+    if isinstance(one, torch.Tensor):
+        return one.shape == other.shape and one.numpy().tobytes() == other.numpy().tobytes()
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, tuple):
+        return all(map(same, one, other))
+    return one == other
+
+
+def whole_weights(engine: HybridEngine) -> dict:
+    """By role and name, float32, gathered by DeepSpeed."""
+    found = {}
+    for role in engine.role_steps:
+        parameters = engine.role_parameters(role)
+        with torch.no_grad(), zero.gathered(parameters.values()):
+            found[role] = {name: p.detach().float().cpu().clone() for name, p in parameters.items()}
+    return found
+
+
+def interrupted(stage: str, dtype: str, homes: dict) -> dict:
+    """Four iterations at a stretch, and with another engine after the second one."""
+    engine, recipe = engine_of(stage, dtype, homes)
+    fresh = engine.capture()
+    train(engine, recipe, range(2))
+    tensors, numbers = engine.capture()
+    after_two = whole_weights(engine)
+    train(engine, recipe, range(2, 4))
+    wanted, wanted_weights = engine.capture(), whole_weights(engine)
+    engine.close()
+    engine, _ = engine_of(stage, dtype, homes)
+    again = engine.capture()
+    engine.restore(tensors, numbers)
+    loaded, loaded_weights = engine.capture(), whole_weights(engine)
+    train(engine, recipe, range(2, 4))
+    found, found_weights = engine.capture(), whole_weights(engine)
+    engine.close()
+    return {
+        "fresh moments are 0": all(not t.any() for role in fresh[0].values() for n, t in role.items() if "/exp" in n),
+        "starts alike": same(fresh, again),
+        "something moved": not same(fresh[0], tensors) and not same(tensors, wanted[0]),
+        "put back": same(loaded, (tensors, numbers)) and same(loaded_weights, after_two),
+        "goes on alike": same(found, wanted) and same(found_weights, wanted_weights),
+        "state": (tensors, numbers),
+        "weights": after_two,
+    }
+
+
+@pytest.mark.parametrize("stage, dtype, homes", RUNS, ids=lambda x: str(x).removeprefix("ds_configs/"))
+def test_another_engine_goes_on_bitwise(pool, stage, dtype, homes):
+    for result in pool.run(interrupted, stage, dtype, homes):
+        state, held = result.pop("state"), result.pop("weights")
+        assert all(result.values()), [name for name, true in result.items() if not true]
+        for role, of_role in held.items():
+            for name, weight in of_role.items():
+                master = state[0][role][f"{name}/master"]
+                assert torch.equal(master.to(models.DTYPES[dtype]).float(), weight), f"{name}: not the master, rounded"
+        assert state[1]["critic"]["schedule"] > 0 and state[1]["critic"]["step"] > 0
+        waiting = homes is TRUNK  # the actor's warm-up
+        assert (state[1]["actor"]["schedule"] == 0) == waiting and (state[1]["actor"]["step"] == 0) == waiting
+
+
+def loaded(stage: str, dtype: str, homes: dict, state: tuple) -> tuple:
+    engine, _ = engine_of(stage, dtype, homes)
+    engine.restore(*state)
+    found = engine.capture(), whole_weights(engine)
+    engine.close()
+    return found
+
+
+def test_any_stage_and_number_of_ranks_takes_it(pool, single):
+    result = pool.run(interrupted, ZERO2, "bfloat16", ADAPTER)[0]
+    for workers, stages in ((single, [ZERO0, ZERO1, OFFLOAD]), (pool, [ZERO0, ZERO3])):
+        for stage in stages:
+            for found, held in workers.run(loaded, stage, "bfloat16", ADAPTER, result["state"]):
+                assert same(found, result["state"]) and same(held, result["weights"]), (stage, workers.world_size)
+
