@@ -113,4 +113,3 @@ def test_any_stage_and_number_of_ranks_takes_it(pool, single):
         for stage in stages:
             for found, held in workers.run(loaded, stage, "bfloat16", ADAPTER, result["state"]):
                 assert same(found, result["state"]) and same(held, result["weights"]), (stage, workers.world_size)
-
