@@ -161,6 +161,6 @@ def map_rows(record, function):
     return type(record)(**changed, **nested)
 
 
-def take_rows(record, rows: Tensor):
-    """The rows `rows` (int64 indices) of a record of tensors."""
+def take_rows(record, rows: Tensor | slice):
+    """The rows `rows` (int64 indices or a slice) of a record of tensors."""
     return map_rows(record, lambda tensors: [tensor[rows] for tensor in tensors])

@@ -15,6 +15,7 @@ from engine.config import Recipe
 from engine.console import progress_bar
 from engine.errors import RecipeError
 from engine.rollout import generate
+from engine.run_state import Begun
 from engine.stopping import Stops
 from engine.trainer import Trainer
 
@@ -113,7 +114,7 @@ def _measure(trainer: Trainer, iteration: int) -> dict:
     machine.reset_peak_rss()
     dist.barrier()
     cpu, wall = time.process_time(), time.perf_counter()
-    metrics = trainer.iterate(iteration)
+    metrics = trainer.iterate(Begun(iteration))
     own = {
         "cpu_seconds": {"iteration": time.process_time() - cpu},
         "wall_seconds": {"iteration": time.perf_counter() - wall},

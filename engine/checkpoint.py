@@ -1,75 +1,170 @@
-"""What a run keeps of its weights, in forms that plain peft and transformers load."""
+"""When a run's checkpoints are written, what is in them, and how an engine takes one up again.
+
+Whole iterations are named 000008 (8 are complete); inside the ninth there may be 000008.1-generation,
+000008.2-inference and 000008.3-training-0002 (2 of its minibatches are learned): names sort by time.
+"""
 
 from __future__ import annotations
 
-import json
+import logging
+import time
 from pathlib import Path
 
-import torch
-from peft import PeftModel, get_peft_model_state_dict
-from safetensors.torch import save_file
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
-
-from engine import dist, zero
+from engine import checkpoint_store, dist, randomness, traffic
+from engine.checkpoint_store import Checkpoint
 from engine.config import Recipe
+from engine.errors import RunError
 from engine.hybrid_engine import HybridEngine
-from engine.roles import ACTOR, CRITIC, RolesModel, ValueModel
+from engine.identity import identity_of
+from engine.run_state import Begun, RunState
 
-VALUE_HEAD = "value_head.weight"
+logger = dist.get_logger(__name__)
+
+VERSION = 1
+FOLDER = "checkpoints"
+_PHASES = {"generation": "1-generation", "inference": "2-inference", "training": "3-training"}
 
 
-def export_final(engine: HybridEngine, folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write `folder/actor` and `folder/critic` (a collective: ZeRO-3 shards are gathered; rank 0 writes).
+class Checkpoints:
+    """Writes a run's checkpoints when they are due. All ranks call every method together.
 
-    A role that trained an adapter leaves a peft adapter, `PeftModel.from_pretrained(base, folder / "actor")`; one that
-    trained in full leaves a whole model with its tokenizer. A critic on the shared base leaves value_head.safetensors
-    too, a `[1, hidden]` weight applied to the last hidden states; one of its own is a sequence classifier.
+    Args:
+        writes: this rank writes: rank 0, and one rank of each node that doesn't see rank 0's folder.
     """
-    for role, base in ((ACTOR, recipe.model.path), (CRITIC, recipe.critic_path)):
-        home, weights = engine.home(role), _whole(engine, role)
-        if dist.rank() == 0:
-            (folder / role).mkdir(parents=True)
-            head = weights.pop(VALUE_HEAD, None)
-            if head is not None:
-                save_file({"weight": head}, folder / role / "value_head.safetensors")
-                on = {"trunk": "../actor"} if recipe.critic.home == "trunk" else {"base": base}
-                about = {"home": recipe.critic.home, **on}
-                (folder / role / "value_head.json").write_text(json.dumps(about, indent=2))
-            if weights:
-                revision = recipe.model.revision if base == recipe.model.path else None
-                _write(home, role, weights, folder / role, (base, revision), tokenizer)
-    dist.barrier()
+
+    def __init__(self, recipe: Recipe, run: Path, engine: HybridEngine, writes: bool):
+        self.settings, self.folder, self.engine, self.writes = recipe.checkpoint, run / FOLDER, engine, writes
+        self.last = time.monotonic()
+        self.about = {
+            "version": VERSION,
+            "world_size": dist.world_size(),
+            "identity": identity_of(recipe) if writes else {},
+            "recipe": recipe.model_dump(mode="json"),
+        }
+
+    def after_iteration(self, state: RunState, metrics: dict[str, float], last: bool) -> None:
+        """Write one if it is time; `metrics` are those of the iteration, held-out ones included."""
+        settings = self.settings
+        due = settings.every_iterations and (last or state.iteration % settings.every_iterations == 0)
+        if settings.every_minutes:
+            due = dist.broadcast_object(bool(due or time.monotonic() - self.last >= 60 * settings.every_minutes))
+        if due:
+            name = f"{state.iteration:06d}"
+            self._note_best(state, metrics, name)
+            self.write(state, name)
+
+    def in_iteration(self, state: RunState, asked: bool = False) -> None:
+        """Write one of the iteration that has begun, if the recipe wants those or somebody asked for it."""
+        if self.settings.mid_phase or asked:
+            self.write(state, name_of(state))
+
+    def write(self, state: RunState, name: str) -> None:
+        """Write a checkpoint and delete those that are no longer wanted.
+
+        Raises:
+            RunError: on every rank, when the disk takes no more and the recipe says to stop then.
+        """
+        start, problem = time.monotonic(), None
+        with traffic.uncounted():
+            checkpoint = self._checkpoint(state)
+            if self.writes:
+                try:
+                    checkpoint_store.write(self.folder, name, checkpoint)
+                    checkpoint_store.thin_out(self.folder, self._kept(state))
+                except OSError as error:
+                    problem = f"checkpoint {name} could not be written to {self.folder}: {error.strerror or error}"
+            problems = [p for p in dist.all_gather_objects(problem) if p is not None]
+        self.last = time.monotonic()
+        if not problems:
+            level = logging.INFO if state.begun is None else logging.DEBUG
+            logger.log(level, "checkpoint %s (%.1f s)", name, self.last - start)
+        elif self.settings.on_full_disk == "stop":
+            raise RunError(f"{problems[0]}; the one before is whole. Make room and go on with --resume")
+        else:
+            logger.warning("%s; the one before is whole, and training goes on", problems[0])
+
+    def _checkpoint(self, state: RunState) -> Checkpoint:
+        tensors, numbers = self.engine.capture()
+        random = dist.all_gather_objects(randomness.global_state())
+        values = {**self.about, "engine": numbers, "random": random, **_values(state)}
+        if state.begun is not None:
+            tensors = tensors | state.begun.tensors
+            values["begun"] = state.begun.to_json() | {"spent": dist.all_gather_objects(state.begun.spent)}
+        return Checkpoint(tensors, values)
+
+    def _kept(self, state: RunState) -> set[str]:
+        """The last whole ones, the best one, and of those inside an iteration two, if nothing whole is newer.
+
+        They are the newest, and the newest from which the iteration could start again, when that is another.
+        """
+        names = [path.name for path in checkpoint_store.finished(self.folder)]
+        whole = [name for name in names if "." not in name]
+        inside = [name for name in names if "." in name and name > max(whole, default="")]
+        kept = {*whole[: self.settings.keep_last], *inside[:1], *[n for n in inside if not has_moved(n)][:1]}
+        return kept | ({state.best["checkpoint"]} if state.best else set())
+
+    def _note_best(self, state: RunState, metrics: dict[str, float], name: str) -> None:
+        wanted = self.settings.keep_best
+        if wanted is None:
+            return
+        sign = -1 if wanted.startswith("-") else 1
+        value = metrics.get(wanted.removeprefix("-"))
+        if value is not None and (state.best is None or sign * value > sign * state.best["value"]):
+            state.best = {"metric": wanted, "value": value, "checkpoint": name}
 
 
-def _whole(engine: HybridEngine, role: str) -> dict[str, Tensor]:
-    """What a role trains, whole, on rank 0; one tensor at a time, since a role can be a whole model."""
-    weights = {}
-    for name, parameter in engine.role_parameters(role).items():
-        with torch.no_grad(), zero.gathered([parameter]):
-            if dist.rank() == 0:
-                weights[name] = parameter.detach().cpu().clone().contiguous()
-    return weights
+def name_of(state: RunState) -> str:
+    """The name of a checkpoint of this state."""
+    name = f"{state.iteration:06d}"
+    if state.begun is None:
+        return name
+    phase, steps = state.begun.phase, state.begun.stats.steps
+    return f"{name}.{_PHASES[phase]}" + (f"-{steps:04d}" if phase == "training" else "")
 
 
-def _write(
-    home: RolesModel | ValueModel,
-    role: str,
-    weights: dict[str, Tensor],
-    folder: Path,
-    base_and_revision: tuple[str, str | None],
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
-    if not isinstance(home.policy, PeftModel):
-        buffers = {name: buffer for name, buffer in home.policy.state_dict().items() if name not in weights}
-        tied = set(buffers) & {name for name, _ in home.policy.named_parameters(remove_duplicate=False)}
-        state = weights | {name: buffer for name, buffer in buffers.items() if name not in tied}
-        home.policy.save_pretrained(folder, state_dict=state)
-        tokenizer.save_pretrained(folder)
-        return
-    # peft nests the files of an adapter that isn't called default in a folder of its name: write them flat instead.
-    state = get_peft_model_state_dict(home.policy, state_dict=weights, adapter_name=role)
-    save_file(state, folder / "adapter_model.safetensors")
-    config, (base, revision) = home.policy.peft_config[role], base_and_revision
-    config.base_model_name_or_path, config.revision, config.inference_mode = base, revision, True
-    config.save_pretrained(str(folder))
+def has_moved(name: str) -> bool:
+    """Whether the weights of a checkpoint are past the beginning of its iteration."""
+    return _PHASES["training"] in name
+
+
+def restore(engine: HybridEngine, path: Path | None, source: int, same_course: bool) -> RunState:
+    """Put a checkpoint's weights and moments into the engine; returns the rest (a collective).
+
+    Args:
+        path: the folder on rank `source`, which reads it for all.
+        same_course: nothing has changed: an iteration that has begun goes on, and otherwise starts again.
+
+    Raises:
+        RunError: on every rank, when the checkpoint holds other tensors than the engine trains.
+    """
+    read = checkpoint_store.read(path) if dist.rank() == source else None
+    problem = _misfit(engine, read) if read is not None else None
+    dist.agree(problem)
+    values = dist.broadcast_object(read.state if read is not None else None, source)
+    tensors = dist.broadcast_tensors(read.tensors if read is not None else None, source)
+    engine.restore({role: tensors[role] for role in engine.role_steps}, values["engine"])
+    state = RunState(values["iteration"], values["kl_coef"], values["moments"], values["best"])
+    if same_course:
+        randomness.restore_global_state(values["random"][dist.rank()])
+        if "begun" in values:
+            state.begun = Begun.of(tensors, values["begun"], values["begun"]["spent"][dist.rank()])
+    return state
+
+
+def _misfit(engine: HybridEngine, read: Checkpoint) -> str | None:
+    for role in engine.role_steps:
+        wanted = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.role_parameters(role).items()}
+        found = read.tensors.get(role, {})
+        held = {name.rpartition("/")[0]: tuple(tensor.shape) for name, tensor in found.items()}
+        for name in wanted.keys() | held.keys():
+            if wanted.get(name) != held.get(name):
+                return (
+                    f"the checkpoint's {role} doesn't fit: {name} is {held.get(name, 'missing')} there and "
+                    f"{wanted.get(name, 'missing')} in this run; go on with the recipe that it began with"
+                )
+    return None
+
+
+def _values(state: RunState) -> dict:
+    """The fields that JSON knows."""
+    return {name: value for name, value in vars(state).items() if name != "begun"}

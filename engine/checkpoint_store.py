@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +51,7 @@ def write(folder: Path, name: str, checkpoint: Checkpoint) -> Path:
     try:
         for part, tensors in checkpoint.tensors.items():
             save_file(tensors, unfinished / f"{part}.safetensors")
-        (unfinished / STATE).write_text(json.dumps(checkpoint.state, allow_nan=False, indent=1))
+        (unfinished / STATE).write_text(json.dumps(checkpoint.state, allow_nan=False))
         (unfinished / MANIFEST).write_text(json.dumps(_manifest(unfinished), indent=1))
         for file in unfinished.iterdir():
             _sync(file)
@@ -69,7 +69,12 @@ def write(folder: Path, name: str, checkpoint: Checkpoint) -> Path:
 def read(path: Path) -> Checkpoint:
     """What `write` was given. Call `problem_of` first."""
     files = sorted(path.glob("*.safetensors"))
-    return Checkpoint({file.stem: load_file(file) for file in files}, json.loads((path / STATE).read_text()))
+    return Checkpoint({file.stem: load_file(file) for file in files}, read_state(path))
+
+
+def read_state(path: Path) -> dict:
+    """Everything but the tensors."""
+    return json.loads((path / STATE).read_text())
 
 
 def problem_of(path: Path) -> str | None:
@@ -91,29 +96,18 @@ def problem_of(path: Path) -> str | None:
     return None
 
 
-def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole (None: there is none), and what is wrong with those after it."""
-    problems = []
-    for path in sorted(_finished(folder), reverse=True):
-        problem = problem_of(path)
-        if problem is None:
-            return path, problems
-        problems.append(problem)
-    return None, problems
+def finished(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, torn ones included, the newest first."""
+    return sorted((p for p in folder.glob("*") if p.is_dir() and not p.name.startswith(".")), reverse=True)
 
 
-def thin_out(folder: Path, keep_last: int, besides: set[str] = frozenset()) -> None:
-    """Delete all but the last few and those named, and what was left unfinished."""
-    finished = sorted(_finished(folder))
-    for path in finished[: max(0, len(finished) - keep_last)]:
-        if path.name not in besides:
+def thin_out(folder: Path, kept: Collection[str]) -> None:
+    """Delete all checkpoints but these, and what was left unfinished."""
+    for path in finished(folder):
+        if path.name not in kept:
             shutil.rmtree(path)
     for path in folder.glob(".*-*"):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _finished(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("*") if path.is_dir() and not path.name.startswith(".")]
 
 
 def _manifest(folder: Path) -> dict[str, dict]:

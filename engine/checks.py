@@ -141,7 +141,7 @@ def _check_rows(recipe: Recipe, dataset: str) -> list[str]:
 
 
 def _check_output(recipe: Recipe) -> list[str]:
-    if recipe.output is None:
+    if recipe.output is None or recipe.resume is not None:  # resume.py looks at the folder of a run that goes on
         return []
     folder = Path(recipe.output)
     if folder.exists() and not folder.is_dir():

@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from engine import combinations
+from engine.checkpoint_config import CheckpointConfig
 from engine.section import Section
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -363,6 +364,8 @@ class Recipe(Section):
     """Iterations of generation, evaluation and update."""
     output: str | None = None
     """The run's folder, which must not hold a run yet; null: runs/NAME-DATE-TIME."""
+    resume: str | None = None
+    """Go on with a run: its folder or one of its checkpoints; auto: this recipe's newest, or begin one; null: begin."""
     toyworld: str | None = None
     """Folder of the embedded toy world, built there when missing; null: not used."""
     model: ModelConfig = ModelConfig()
@@ -378,6 +381,7 @@ class Recipe(Section):
     generation: GenerationConfig = GenerationConfig()
     zero: ZeroConfig = ZeroConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
 
     @model_validator(mode="after")
     def _sections_agree(self):

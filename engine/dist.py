@@ -29,6 +29,11 @@ def rank() -> int:
     return dist.get_rank() if is_distributed() else int(os.environ.get("RANK", 0))
 
 
+def local_rank() -> int:
+    """This process's index among the ranks of its node; 0 in a plain process."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
 def world_size() -> int:
     """Number of ranks; 1 in a plain process."""
     return dist.get_world_size() if is_distributed() else 1
@@ -76,6 +81,35 @@ def all_gather_objects(value) -> list:
 def broadcast_object(value, source: int = 0):
     """`value` of rank `source`, on every rank. Small ones: it travels as one gathered value among Nones."""
     return all_gather_objects(value if rank() == source else None)[source]
+
+
+def broadcast_tensors(tensors: dict[str, dict[str, Tensor]] | None, source: int) -> dict[str, dict[str, Tensor]]:
+    """Named tensors of rank `source`, in parts, on every rank: one message each, since all could be a whole model."""
+    if not is_distributed():
+        return tensors
+    layouts = {part: {name: _layout(t) for name, t in of.items()} for part, of in (tensors or {}).items()}
+    layouts = broadcast_object(layouts if rank() == source else None, source)
+    found = {}
+    for part, of_part in layouts.items():
+        found[part] = {}
+        for name, (dtype, shape) in of_part.items():
+            mine = rank() == source
+            tensor = tensors[part][name] if mine else torch.empty(shape, dtype=getattr(torch, dtype))
+            found[part][name] = _broadcast(tensor, source)
+    return found
+
+
+def _layout(tensor: Tensor) -> tuple[str, list[int]]:
+    return str(tensor.dtype).removeprefix("torch."), list(tensor.shape)
+
+
+def _broadcast(tensor: Tensor, source: int) -> Tensor:
+    if tensor.numel() == 0:
+        return tensor
+    moved = tensor.contiguous().to(_device())
+    dist.broadcast(moved, source)
+    traffic.count("gathered", moved, world_size())
+    return moved.to(tensor.device)
 
 
 def _gather_ragged(rows: Tensor) -> list[Tensor]:

@@ -23,21 +23,42 @@ Metrics = dict[str, float]
 
 
 class PhaseClock:
-    """What the phases of one iteration cost this rank: seconds, and the bytes of its collectives."""
+    """What the phases of one iteration cost this rank: seconds, and the bytes of its collectives.
 
-    def __init__(self):
-        self.spent: Counter = Counter()
+    Args:
+        spent: `so_far` of a process that began the iteration and was stopped in it.
+    """
+
+    def __init__(self, spent: dict[str, dict[str, float]] | None = None):
+        spent, self.running = spent or {}, None
+        self.spent: Counter = Counter(spent.get("phases", {}))
         self.start = _meters()
+        self.start = {key: value - spent.get("whole", {}).get(key, 0.0) for key, value in self.start.items()}
+
+    @property
+    def so_far(self) -> dict[str, dict[str, float]]:
+        return {"phases": dict(self.spent + Counter(self._of_running())), "whole": self._whole}
+
+    @property
+    def _whole(self) -> dict[str, float]:
+        return {key: value - self.start[key] for key, value in _meters().items()}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        before = _meters()
+        self.running = name, _meters()
         yield
-        self.spent.update({key.format(f"{name}_"): value - before[key] for key, value in _meters().items()})
+        self.spent.update(self._of_running())
+        self.running = None
+
+    def _of_running(self) -> dict[str, float]:
+        if self.running is None:
+            return {}
+        name, before = self.running
+        return {key.format(f"{name}_"): value - before[key] for key, value in _meters().items()}
 
     def metrics(self) -> Metrics:
         """Each phase, and the whole iteration so far: its wall time and its bytes."""
-        whole = {key: value - self.start[key] for key, value in _meters().items()}
+        whole = self._whole
         found = {key.format(""): value for key, value in whole.items() if key.startswith("comm/")}
         return {**self.spent, **found, "time/iteration_seconds": whole[_WALL]}
 
@@ -122,9 +143,11 @@ def memory_metrics() -> Metrics:
 class MetricSinks:
     """metrics.jsonl, TensorBoard and one readable line per iteration, written by rank 0."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, iterations: int = 0):
         self.folder = folder
-        self.writer = SummaryWriter(str(folder / "tensorboard")) if dist.rank() == 0 else None
+        # TensorBoard drops what a process that was stopped had written beyond these iterations.
+        where = {"log_dir": str(folder / "tensorboard"), "purge_step": iterations + 1 if iterations else None}
+        self.writer = SummaryWriter(**where) if dist.rank() == 0 else None
 
     def write(self, iteration: int, metrics: Metrics) -> None:
         """Append one iteration; `iteration` counts from 1.
@@ -151,6 +174,11 @@ def append_jsonl(path: Path, rows: list[dict]) -> None:
     with path.open("a") as file:
         for row in rows:
             file.write(json.dumps(row, allow_nan=False) + "\n")
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The objects of a JSON-lines file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def console_line(iteration: int, iterations: int, metrics: Metrics) -> str:

@@ -316,9 +316,7 @@ class PromptSource:
 
     def _deal(self, draws: Iterable[int], indices: list[int], samples: int, rank: int, world_size: int) -> Prompts:
         rows = [(d, i, s) for d, i in zip(draws, indices, strict=True) for s in range(samples)]
-        share, extra = divmod(len(rows), world_size)
-        start = rank * share + min(rank, extra)
-        mine = rows[start : start + share + (rank < extra)]
+        mine = rows[share(len(rows), rank, world_size)]
         records = self.prompts.records
         # As wide on every rank: decoding steps and shapes then agree without asking.
         width = max(len(records[index].ids) for index in indices)
@@ -334,6 +332,13 @@ class PromptSource:
             texts=tuple(records[i].text for _, i, _ in mine),
             columns=tuple(records[i].columns for _, i, _ in mine),
         )
+
+
+def share(rows: int, rank: int, world_size: int) -> slice:
+    """The rows that a rank gets of an iteration's."""
+    each, extra = divmod(rows, world_size)
+    start = rank * each + min(rank, extra)
+    return slice(start, start + each + (rank < extra))
 
 
 @lru_cache(maxsize=4)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from enum import IntEnum
 
 import numpy as np
+import torch
 
 
 class Stream(IntEnum):
@@ -19,3 +21,23 @@ class Stream(IntEnum):
 def generator(seed: int, stream: Stream, high: int = 0, low: int = 0) -> np.random.Generator:
     """A counter-based generator (Philox, Salmon et al. 2011) of its own for (seed, stream, high, low)."""
     return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, low, high]))
+
+
+def global_state() -> dict:
+    """The state of the generators that everybody shares, as JSON knows it.
+
+    The engine never draws from them; a reward function may.
+    """
+    _, keys, *rest = np.random.get_state()
+    version, numbers, gauss = random.getstate()
+    found = {"torch": torch.get_rng_state().tolist(), "numpy": [keys.tolist(), *rest]}
+    return found | {"python": [version, list(numbers), gauss]}
+
+
+def restore_global_state(state: dict) -> None:
+    """Put back what `global_state` gave."""
+    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+    keys, *rest = state["numpy"]
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), *rest))
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
 
 import matplotlib
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.heldout import Look
+from engine.metrics import read_jsonl
 
 SHOWN_SAMPLES = 6
 
@@ -67,8 +67,3 @@ def draw_learning_curve(folder: Path) -> Path:
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    """The objects of a JSON-lines file."""
-    return [json.loads(line) for line in path.read_text().splitlines()]

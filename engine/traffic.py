@@ -9,7 +9,8 @@ nothing.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from torch import Tensor
 
@@ -37,6 +38,16 @@ def count(kind: str, whole: Tensor | Iterable[Tensor], ranks: int, passes: int =
     """Add a collective of `ranks` ranks over `whole`, which passes through once or twice."""
     tensors = [whole] if isinstance(whole, Tensor) else whole
     received[kind] += passes * sum(tensor.nbytes for tensor in tensors) * (ranks - 1) / ranks
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Inside, nothing counts: a checkpoint is no part of an iteration."""
+    before = dict(received)
+    try:
+        yield
+    finally:
+        received.update(before)
 
 
 def watch(backend) -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from engine import dist, models, reward_sources, toyworld, zero
-from engine.advantages import KLController, ScoreCombiner, make_experience
-from engine.batch import Experience, Prompts, map_rows
-from engine.checkpoint import export_final
+from engine.advantages import KLController, RunningMoments, ScoreCombiner, make_experience
+from engine.batch import Experience, Prompts, Rollout, map_rows, take_rows
+from engine.checkpoint import Checkpoints, restore
 from engine.checks import check_files, warnings_of
 from engine.config import Recipe
 from engine.console import progress_bar
 from engine.errors import RecipeError
 from engine.evaluation import evaluate, score
+from engine.export import export_final
 from engine.heldout import HeldOut, Look
 from engine.hybrid_engine import HybridEngine
 from engine.metrics import (
@@ -28,23 +31,28 @@ from engine.metrics import (
     update_metrics,
 )
 from engine.plugins import load_function
-from engine.prompts import PromptSet, PromptSource, load_prompts
+from engine.prompts import PromptSet, PromptSource, load_prompts, share
 from engine.report import before_after, draw_learning_curve
+from engine.resume import Resumed, find
 from engine.reward_sources import Texts
 from engine.roles import ACTOR
 from engine.rollout import generate
 from engine.run_folder import RunFolder
+from engine.run_state import Begun, RunState
 from engine.stopping import Stops, check_vocabulary
 from engine.update import update
 
 logger = dist.get_logger(__name__)
+
+FINAL = "final"
+"""The folder of a finished run's weights."""
 
 
 def train(recipe: Recipe) -> Path:
     """Run a recipe from start to end; returns the run's folder.
 
     Raises:
-        RecipeError: the recipe can't be run as it is.
+        RecipeError: the recipe can't be run as it is, or can't go on with the run that it names.
         RunError: a reward function, a judge or the run's folder failed.
         FloatingPointError: the loss or a gradient stopped being finite.
     """
@@ -53,8 +61,9 @@ def train(recipe: Recipe) -> Path:
     if recipe.toyworld:
         toyworld.prepare(recipe.toyworld)  # all ranks build it together
         check_files(recipe)
+    resumed = find(recipe)
     torch.manual_seed(recipe.seed)
-    trainer = Trainer(recipe)
+    trainer = Trainer(recipe, resumed)
     try:
         trainer.run()
     finally:
@@ -63,9 +72,13 @@ def train(recipe: Recipe) -> Path:
 
 
 class Trainer:
-    """One PPO run: its parts, built from the recipe, and the loop over them."""
+    """One PPO run: its parts, built from the recipe, and the loop over them.
 
-    def __init__(self, recipe: Recipe):
+    Args:
+        resumed: where it was stopped; None: it begins.
+    """
+
+    def __init__(self, recipe: Recipe, resumed: Resumed | None = None):
         self.recipe = recipe
         self.tokenizer = models.load_tokenizer(recipe.model)
         self.prompt_set = load_prompts(recipe.data, recipe.generation, self.tokenizer)
@@ -81,43 +94,73 @@ class Trainer:
         self.heldout = self._heldout()
         self.combiner = ScoreCombiner(recipe)
         self.kl = KLController(recipe.kl)
-        self.folder = RunFolder.claim(recipe, self.engine.ds_config)
-        self.sinks = MetricSinks(self.folder.path)
+        self.state = RunState()
+        if resumed is not None and resumed.checkpoint is not None:
+            self._take_up(resumed)
+        self.folder = RunFolder.claim(recipe, self.engine.ds_config, resumed)
+        self.is_new = resumed is None or resumed.iteration < 0
+        self.checkpoints = Checkpoints(recipe, self.folder.path, self.engine, self.folder.writes)
+        self.sinks = MetricSinks(self.folder.path, self.state.iteration)
+
+    def _take_up(self, resumed: Resumed) -> None:
+        self.state = restore(self.engine, resumed.checkpoint, resumed.source, resumed.same_course)
+        self.kl.kl_coef = self.state.kl_coef
+        self.combiner.moments = [RunningMoments(**moments) for moments in self.state.moments]
 
     def run(self) -> None:
-        """All iterations, then the final adapters and the report."""
+        """All iterations that are left, then the final adapters and the report."""
         for warning in warnings_of(self.recipe):
             logger.warning("note: %s", warning)
+        last = self.recipe.iterations
+        if self.state.iteration >= last and (self.folder.path / FINAL).exists():
+            logger.info("%s is complete: %d iterations of %d", self.folder.path, self.state.iteration, last)
+            return
         base = dist.all_gather_objects(self.engine.frozen_hash())
-        before = self._look(0)
+        before = self._look(0) if self.is_new else self.folder.first_look()
         after = None
-        with progress_bar("PPO", self.recipe.iterations) as advance:
-            for iteration in range(self.recipe.iterations):
-                metrics = self.iterate(iteration)
+        with progress_bar("PPO", last, self.state.iteration) as advance:
+            for iteration in range(self.state.iteration, last):
+                metrics = self.iterate(self.state.begun or Begun(iteration))
                 self.sinks.write(iteration + 1, metrics)
-                logger.info(console_line(iteration + 1, self.recipe.iterations, metrics))
+                logger.info(console_line(iteration + 1, last, metrics))
                 advance(f"score {metrics['score/mean']:+.3f}")
                 after = self._look(iteration + 1)
-        self._finish(base, before, after)
+                self._keep(iteration + 1)
+                looked = after.metrics if after else {}
+                self.checkpoints.after_iteration(self.state, metrics | looked, last=iteration + 1 == last)
+        self._finish(base, before, after or self.folder.last_look())
 
-    def iterate(self, iteration: int) -> dict[str, float]:
-        """One iteration of PPO; returns its metrics. `iteration` counts from 0."""
-        recipe, clock = self.recipe, PhaseClock()
+    def _keep(self, iteration: int, begun: Begun | None = None) -> None:
+        """The state between two iterations: `iteration` are complete."""
+        moments = [asdict(moments) for moments in self.combiner.moments]
+        self.state = RunState(iteration, self.kl.kl_coef, moments, self.state.best, begun)
+
+    def iterate(self, begun: Begun) -> dict[str, float]:
+        """One iteration of PPO, or what is left of it; returns its metrics."""
+        recipe, iteration, clock = self.recipe, begun.iteration, PhaseClock(begun.spent)
+        self._keep(iteration, begun)  # before the statistics of scores take this iteration in
+
+        def phase_is_done() -> None:
+            begun.spent = clock.so_far
+            self.checkpoints.in_iteration(self.state)
+
         prompts = self.prompts.batch(iteration, dist.rank(), dist.world_size())
-        with clock.phase("generation"), self.engine.generation() as actor:
-            idle = self.engine.idle_pass
-            rollout = generate(actor, prompts, recipe.generation, self.stops, recipe.seed, idle=idle)
-        with clock.phase("inference"), self.engine.inference():
-            texts = Texts.of(prompts, rollout, self.tokenizer, recipe.generation.stop_strings)
-            scores = score(self.sources, rollout, texts)
-            # A row is kilobytes. With the rows of all ranks on each, dealing, whitening, metrics and minibatches are
-            # one-process code whose result can't depend on who sampled what.
-            rollout = map_rows(rollout, dist.all_gather_rows)
-            evaluation = evaluate(self.engine, rollout, scores, recipe)
+        if begun.rollout is None:
+            with clock.phase("generation"):
+                begun.rollout = self._generate(prompts)
+            phase_is_done()
+        mine = take_rows(begun.rollout, share(len(begun.rollout), dist.rank(), dist.world_size()))
+        texts = Texts.of(prompts, mine, self.tokenizer, recipe.generation.stop_strings)
+        if begun.evaluation is None:
+            with clock.phase("inference"), self.engine.inference():
+                scores = score(self.sources, mine, texts)
+                begun.evaluation = evaluate(self.engine, begun.rollout, scores, recipe)
+            phase_is_done()
+        rollout, evaluation, stats = begun.rollout, begun.evaluation, begun.stats
         with clock.phase("training"):
             experience = make_experience(rollout, evaluation, recipe, self.combiner, self.kl.kl_coef)
             frozen = frozenset({ACTOR}) if iteration < recipe.critic.warmup_iterations else frozenset()
-            stats = update(self.engine, experience, recipe, iteration, self.kl.kl_coef, frozen)
+            update(self.engine, experience, recipe, iteration, self.kl.kl_coef, frozen, stats, phase_is_done)
         metrics = {
             **rollout_metrics(experience, self.combiner.raw(evaluation), [source.name for source in self.sources]),
             **update_metrics(stats),
@@ -132,6 +175,17 @@ class Trainer:
         self.kl.update(metrics["kl/k1_sequence_mean"], len(rollout))
         self._keep_samples(iteration, prompts, texts, experience)
         return metrics
+
+    def _generate(self, prompts: Prompts) -> Rollout:
+        """Responses to the prompts of all ranks, on every rank.
+
+        A row is kilobytes. With the rows of all ranks on each, dealing, whitening, metrics and minibatches are
+        one-process code whose result can't depend on who sampled what.
+        """
+        settings, seed = self.recipe.generation, self.recipe.seed
+        with self.engine.generation() as actor:
+            mine = generate(actor, prompts, settings, self.stops, seed, idle=self.engine.idle_pass)
+        return map_rows(mine, dist.all_gather_rows)
 
     def _prompt_source(self, prompts: PromptSet) -> PromptSource:
         data = self.recipe.data
@@ -176,7 +230,12 @@ class Trainer:
             self.folder.add_samples(iteration + 1, "training", rows)
 
     def _finish(self, base: list[str], before: Look | None, after: Look | None) -> None:
-        export_final(self.engine, self.folder.path / "final", self.recipe, self.tokenizer)
+        unfinished = self.folder.path / f".{FINAL}"
+        if dist.rank() == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was stopped here
+        export_final(self.engine, unfinished, self.recipe, self.tokenizer)
+        if dist.rank() == 0:
+            unfinished.rename(self.folder.path / FINAL)
         now = dist.all_gather_objects(self.engine.frozen_hash())
         if dist.rank() != 0:
             return

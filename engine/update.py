@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -33,19 +34,30 @@ class _Update:
 
 
 def update(
-    engine: HybridEngine, experience: Experience, recipe: Recipe, iteration: int, kl_coef: float, frozen: frozenset[str]
+    engine: HybridEngine,
+    experience: Experience,
+    recipe: Recipe,
+    iteration: int,
+    kl_coef: float,
+    frozen: frozenset[str],
+    stats: UpdateStats | None = None,
+    after_step: Callable[[], None] = lambda: None,
 ) -> UpdateStats:
     """One iteration's update of all roles. Every rank passes the same experience: the rows of all ranks.
 
     Args:
         kl_coef: weight of the KL term in the loss; used with kl.placement loss alone.
         frozen: roles that stand still in this iteration (critic warm-up freezes the actor).
+        stats: of the minibatches that were learned from before the run was stopped; they grow in place.
+        after_step: called after every optimizer step, when `stats` and weights belong together.
 
     Raises:
         FloatingPointError: the loss or a gradient is not finite; raised on every rank before the optimizer steps.
     """
     common = _Update(engine, experience, recipe, kl_coef, frozen)
-    stats = UpdateStats(sampler_kl=_sampler_kl(experience))
+    stats = UpdateStats() if stats is None else stats
+    if not stats.steps:
+        stats.sampler_kl = _sampler_kl(experience)
     minibatches = [
         rows
         for epoch in range(recipe.ppo.epochs)
@@ -53,7 +65,7 @@ def update(
             recipe.seed, iteration, epoch, len(experience.rollout), recipe.ppo.minibatch_sequences
         )
     ]
-    for index, rows in enumerate(minibatches):
+    for index, rows in enumerate(minibatches[stats.steps :], start=stats.steps):
         minibatch = _accumulate(common, rows, stats)
         where = f"iteration {iteration + 1}, minibatch {index + 1}"
         deviation = minibatch.pop("policy/ratio_deviation_max")  # a maximum: not for the sums
@@ -81,6 +93,7 @@ def update(
             stats.grad_norms.setdefault(role, []).append(norm)
         stats.overflows += len(norms) < len(engine.role_steps)
         stats.steps += 1
+        after_step()
     return stats
 
 

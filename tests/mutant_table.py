@@ -353,7 +353,7 @@ PLAIN_UPDATE = f"{LAYOUTS}::test_two_ranks_at_every_stage_make_the_plain_update"
 OWN_CRITIC = f"{LAYOUTS}::test_models_of_their_own_make_the_plain_update_too[critic LoRA model]"
 OVERFLOW = f"{NUMBERS}::test_an_overflow_skips_the_step_and_is_counted[ds_configs/zero0.json]"
 KL_STOP = f"{HOMES}::test_a_kl_stop_leaves_no_gradient_behind"
-EXPORT = "test_checkpoint.py::test_export_computes_the_same_in_plain_libraries"
+EXPORT = "test_export.py::test_export_computes_the_same_in_plain_libraries"
 
 MUTANTS += [
     # --- one process: sampling and what ends it
@@ -1542,7 +1542,7 @@ MUTANTS += [
         "if name not in tied}",
         "if True}",
         "ZeRO-3 exports an empty output head where it is tied to the embedding",
-        "test_checkpoint.py::test_a_full_actor_with_tied_weights_is_exported_whole[zero3]",
+        "test_export.py::test_a_full_actor_with_tied_weights_is_exported_whole[zero3]",
     ),
     Mutant(
         "silent-rank",

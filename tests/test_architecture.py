@@ -12,26 +12,27 @@ from engine.config import REPOSITORY
 LAYERS = [
     {"errors", "combinations", "device_memory", "section", "traffic", "fetching", "onednn", "attention"}
     | {"checkpoint_store"},
+    {"checkpoint_config"},
     {"ppo", "batch", "causal", "config", "dist", "randomness", "stories", "reward_text", "stopping", "workloads"},
-    {"role_steps", "optimizer_state", "sharded_loading"},
+    {"role_steps", "optimizer_state", "sharded_loading", "identity", "run_state"},
     {"zero", "ds_config", "plugins", "command_line", "console", "minibatches", "models", "prompts", "metrics"}
     | {"scoring", "flops", "machine", "kv_cache"},
-    {"adapters", "run_folder", "sampling", "fused_lora", "vocabulary_head"},
+    {"adapters", "sampling", "fused_lora", "vocabulary_head"},
     {"roles", "adapter_checks"},
     {"weight_groups"},
     {"replica", "model_checks"},
     {"hybrid_engine", "checks", "logprob_memory"},
-    {"checkpoint", "reward_sources"},
-    {"rollout", "evaluation", "advantages", "update", "supervised"},
+    {"checkpoint", "export", "reward_sources"},
+    {"rollout", "evaluation", "advantages", "update", "supervised", "resume"},
     {"heldout", "toyworld"},
-    {"report", "benchmark_report"},
+    {"report", "benchmark_report", "run_folder"},
     {"trainer"},
     {"benchmark"},
 ]
 """DESIGN.md section 4 from the bottom up: a module imports from layers strictly below its own."""
 
 LIGHT = ["combinations", "config", "command_line", "ds_config", "plugins", "checks", "model_checks", "reward_text"]
-LIGHT += ["adapter_checks", "section"]
+LIGHT += ["adapter_checks", "section", "checkpoint_config"]
 PHASES = {"rollout", "evaluation", "advantages", "update", "supervised"}
 LAYER_OF = {name: index for index, layer in enumerate(LAYERS) for name in layer}
 MODULES = {path.stem: path for path in sorted((REPOSITORY / "engine").glob("*.py")) if path.stem != "__init__"}

@@ -10,12 +10,22 @@ import pytest
 import torch
 
 from engine import checkpoint_store
-from engine.checkpoint_store import Checkpoint, newest, problem_of, read, thin_out, write
+from engine.checkpoint_store import Checkpoint, finished, problem_of, read, thin_out, write
 
 
 def some(number: float) -> Checkpoint:
     tensors = {"actor": {"a": torch.full((2, 3), number), "step": torch.tensor(3.0)}, "critic": {"b": torch.ones(0)}}
     return Checkpoint(tensors, {"iteration": number, "kl_coef": 0.1})
+
+
+def newest(folder) -> tuple:
+    """The newest whole one, and what is wrong with those after it."""
+    problems = []
+    for path in finished(folder):
+        if problem_of(path) is None:
+            return path, problems
+        problems.append(problem_of(path))
+    return None, problems
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -101,14 +111,15 @@ def test_a_kill_leaves_a_good_one(tmp_path, moment):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     found, problems = newest(tmp_path)
     assert not problems and found == (good if moment == "rename" else tmp_path / "000009")
-    thin_out(tmp_path, keep_last=1)
+    thin_out(tmp_path, {found.name})
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [found.name]
 
 
-def test_the_last_ones_and_the_best_stay(tmp_path):
+def test_only_what_is_kept_stays(tmp_path):
     for number in range(6):
         write(tmp_path, f"{number:06}", some(number))
-    thin_out(tmp_path, keep_last=2, besides={"000001"})
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["000001", "000004", "000005"]
+    (tmp_path / ".000009-77").mkdir()
+    thin_out(tmp_path, {"000001", "000004", "000005"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000001", "000004", "000005", "latest"]
     shutil.rmtree(tmp_path / "000005")
     assert newest(tmp_path)[0] == tmp_path / "000004", "a pointer to nothing misleads nobody"

@@ -26,10 +26,10 @@ from engine.metrics import (
     console_line,
     memory_metrics,
     padding_fraction,
+    read_jsonl,
     rollout_metrics,
     update_metrics,
 )
-from engine.report import read_jsonl
 from engine.run_folder import RunFolder
 from engine.stopping import Stops
 from engine.update import UpdateStats, update

@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM
 
-from engine.checkpoint import export_final
+from engine.export import export_final
 from engine.hybrid_engine import HybridEngine
 from engine.roles import ReferenceModel, RolesModel
 from tests import checkpoints, tiny
