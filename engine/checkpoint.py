@@ -7,6 +7,7 @@ Whole iterations are named 000008 (8 are complete); inside the ninth there may b
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from pathlib import Path
 
@@ -35,6 +36,14 @@ class Checkpoints:
     def __init__(self, recipe: Recipe, run: Path, engine: HybridEngine, writes: bool):
         self.settings, self.folder, self.engine, self.writes = recipe.checkpoint, run / FOLDER, engine, writes
         self.last = time.monotonic()
+        self.newest: str | None = None
+        """The name of the last one that was written."""
+        # A copy of all that is trained, with its moments: next to nothing for adapters.
+        self.holds = recipe.actor.train == "lora" and (recipe.critic.home != "model" or recipe.critic.train == "lora")
+        self._engine_state: tuple | None = None
+        self._ready: tuple[str, Checkpoint] | None = None
+        self._moving = False
+        self._lock = threading.Lock()  # another thread may write the one that is ready
         self.about = {
             "version": VERSION,
             "world_size": dist.world_size(),
@@ -53,6 +62,36 @@ class Checkpoints:
             self._note_best(state, metrics, name)
             self.write(state, name)
 
+    def at_rest(self, state: RunState) -> None:
+        """Hold a checkpoint of this state ready, to be written at any moment until weights move."""
+        ready = None
+        if self.holds:
+            with traffic.uncounted():
+                ready = name_of(state), self._checkpoint(state, hold=True)
+        with self._lock:
+            self._ready, self._moving = ready, not self.holds
+
+    def moving(self) -> None:
+        """From now on weights change."""
+        with self._lock:
+            self._ready, self._moving, self._engine_state = None, True, None
+
+    def write_ready(self) -> tuple[bool, str | None]:
+        """Write the checkpoint that is ready, in any thread and without the other ranks.
+
+        Returns:
+            Whether there is nothing left to keep, and the name of the newest one on the disk. While weights move, what
+            was learned can't be kept yet.
+        """
+        with self._lock:
+            if self._moving:
+                return False, None
+            if self._ready is not None and self._ready[0] != self.newest:
+                name, checkpoint = self._ready
+                checkpoint_store.write(self.folder, name, checkpoint)
+                self.newest = name
+            return True, self.newest
+
     def in_iteration(self, state: RunState, asked: bool = False) -> None:
         """Write one of the iteration that has begun, if the recipe wants those or somebody asked for it."""
         if self.settings.mid_phase or asked:
@@ -66,11 +105,14 @@ class Checkpoints:
         """
         start, problem = time.monotonic(), None
         with traffic.uncounted():
-            checkpoint = self._checkpoint(state)
+            checkpoint = self._checkpoint(state, hold=self.holds and not self._moving)
             if self.writes:
                 try:
-                    checkpoint_store.write(self.folder, name, checkpoint)
-                    checkpoint_store.thin_out(self.folder, self._kept(state))
+                    with self._lock:
+                        if name != self.newest:
+                            checkpoint_store.write(self.folder, name, checkpoint)
+                            self.newest = name
+                        checkpoint_store.thin_out(self.folder, self._kept(state))
                 except OSError as error:
                     problem = f"checkpoint {name} could not be written to {self.folder}: {error.strerror or error}"
             problems = [p for p in dist.all_gather_objects(problem) if p is not None]
@@ -83,8 +125,9 @@ class Checkpoints:
         else:
             logger.warning("%s; the one before is whole, and training goes on", problems[0])
 
-    def _checkpoint(self, state: RunState) -> Checkpoint:
-        tensors, numbers = self.engine.capture()
+    def _checkpoint(self, state: RunState, hold: bool) -> Checkpoint:
+        tensors, numbers = self._engine_state or self.engine.capture()
+        self._engine_state = (tensors, numbers) if hold else None
         random = dist.all_gather_objects(randomness.global_state())
         values = {**self.about, "engine": numbers, "random": random, **_values(state)}
         if state.begun is not None:

@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from typing import Annotated, Literal
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import AfterValidator, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from engine.section import Section
+
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def seconds_of(text: str) -> float:
+    """`90s`, `30m`, `4h` or `1.5d` in seconds.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
+    if not found or float(found[1]) == 0:
+        raise ValueError(f"takes a number and its unit, as in 90s, 30m, 4h or 1d, got {text!r}")
+    return float(found[1]) * UNITS[found[2]]
+
+
+def _checked(text: str) -> str:
+    seconds_of(text)
+    return text
+
+
+TimeLimit = Annotated[str, AfterValidator(_checked)]
 
 
 class CheckpointConfig(Section):

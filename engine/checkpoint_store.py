@@ -56,9 +56,12 @@ def write(folder: Path, name: str, checkpoint: Checkpoint) -> Path:
         for file in unfinished.iterdir():
             _sync(file)
         _sync(unfinished)
-        if target.exists():  # a torn one, or the same iteration once more after a fall back to an earlier one
-            shutil.rmtree(target)
+        replaced = folder / f".{name}-replaced"
+        if target.exists():  # a torn one
+            shutil.rmtree(replaced, ignore_errors=True)
+            target.rename(replaced)
         unfinished.rename(target)
+        shutil.rmtree(replaced, ignore_errors=True)
         _point(folder, name)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)

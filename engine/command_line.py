@@ -31,7 +31,7 @@ from pydantic_settings import (
 )
 
 from engine.config import Recipe, locate
-from engine.errors import RecipeError, RunError
+from engine.errors import RecipeError, RunError, Stopped
 
 QUICKSTART = "launch/recipes/quickstart.yaml"
 # What gloo and NCCL say on a rank whose neighbour has gone.
@@ -60,7 +60,7 @@ def parse(argv: list[str], default_recipe: str = QUICKSTART) -> Recipe:
         source = CliSettingsSource(
             _CommandLine,
             root_parser=parser,
-            cli_parse_args=argv,
+            cli_parse_args=[_underscored(argument) for argument in argv],
             cli_parse_none_str="null",
             cli_avoid_json=True,
             cli_use_class_docs_for_groups=True,
@@ -83,6 +83,12 @@ def parse(argv: list[str], default_recipe: str = QUICKSTART) -> Recipe:
     if problems:
         raise RecipeError(*problems)
     return recipe
+
+
+def _underscored(argument: str) -> str:
+    """`--time-limit=4h` as `--time_limit=4h`: both spellings of an option are usual."""
+    name, equals, value = argument.partition("=")
+    return name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else argument
 
 
 def load_recipe(path: str | Path, overrides: Mapping | None = None) -> Recipe:
@@ -113,7 +119,7 @@ def recipe_text(recipe: Recipe) -> str:
 def readable_errors():
     """Errors that are messages lose their traceback; any other keeps it, and comes first.
 
-    Exit status: 2 when the recipe can't be run (said by rank 0), 1 when a run stopped.
+    Exit status: 2 when the recipe can't be run (said by rank 0), 1 when a run failed, 75 when it was asked to stop.
     """
     try:
         yield
@@ -121,6 +127,10 @@ def readable_errors():
         bullets = "".join("\n  - " + problem.replace("\n", "\n    ") for problem in error.problems)
         _say_once(f"error: this run can't start:{bullets}\n")
         raise SystemExit(2) from None
+    except Stopped as stopped:
+        if _rank() == 0:
+            sys.stderr.write(f"stopped: {stopped}; go on with --resume\n")
+        raise SystemExit(stopped.status) from None
     except (RunError, FloatingPointError) as error:  # every rank raises the same
         _say_once(f"error: the run stopped: {error}\n")
         raise SystemExit(1) from None

@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from engine import combinations
-from engine.checkpoint_config import CheckpointConfig
+from engine.checkpoint_config import CheckpointConfig, TimeLimit
 from engine.section import Section
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -366,6 +366,8 @@ class Recipe(Section):
     """The run's folder, which must not hold a run yet; null: runs/NAME-DATE-TIME."""
     resume: str | None = None
     """Go on with a run: its folder or one of its checkpoints; auto: this recipe's newest, or begin one; null: begin."""
+    time_limit: TimeLimit | None = None
+    """Stop after so long (90s, 30m, 4h, 1d) with a checkpoint to go on from; null: no limit."""
     toyworld: str | None = None
     """Folder of the embedded toy world, built there when missing; null: not used."""
     model: ModelConfig = ModelConfig()

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 from collections.abc import Sequence
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -81,6 +82,12 @@ def all_gather_objects(value) -> list:
 def broadcast_object(value, source: int = 0):
     """`value` of rank `source`, on every rank. Small ones: it travels as one gathered value among Nones."""
     return all_gather_objects(value if rank() == source else None)[source]
+
+
+def rendezvous() -> dist.TCPStore:
+    """A connection of its own to the store that the ranks met at: any thread may use it, and it never waits long."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))
 
 
 def broadcast_tensors(tensors: dict[str, dict[str, Tensor]] | None, source: int) -> dict[str, dict[str, Tensor]]:

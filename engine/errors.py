@@ -13,3 +13,15 @@ class RecipeError(ValueError):
 
 class RunError(RuntimeError):
     """A run can't go on, and the message says all there is to know; every rank raises the same."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and what there was to save is on the disk.
+
+    Args:
+        status: of the process.
+    """
+
+    def __init__(self, reason: str, status: int):
+        super().__init__(reason)
+        self.status = status

@@ -115,7 +115,7 @@ def _choose(recipe: Recipe, candidates: list[Path]) -> tuple[Path | None, dict, 
 
 def _changes(recipe: Recipe, state: dict) -> dict[str, tuple]:
     changes = changed_settings(state["recipe"], recipe.model_dump(mode="json"))
-    changes = {key: change for key, change in changes.items() if key not in ("resume", "output", "name")}
+    changes = {key: change for key, change in changes.items() if key not in ("resume", "output", "name", "time_limit")}
     if state["world_size"] != dist.world_size():
         changes["the number of ranks"] = state["world_size"], dist.world_size()
     return changes

@@ -12,6 +12,7 @@ from engine import dist, models, reward_sources, toyworld, zero
 from engine.advantages import KLController, RunningMoments, ScoreCombiner, make_experience
 from engine.batch import Experience, Prompts, Rollout, map_rows, take_rows
 from engine.checkpoint import Checkpoints, restore
+from engine.checkpoint_config import seconds_of
 from engine.checks import check_files, warnings_of
 from engine.config import Recipe
 from engine.console import progress_bar
@@ -20,6 +21,7 @@ from engine.evaluation import evaluate, score
 from engine.export import export_final
 from engine.heldout import HeldOut, Look
 from engine.hybrid_engine import HybridEngine
+from engine.interruption import Interruption
 from engine.metrics import (
     MetricSinks,
     PhaseClock,
@@ -53,6 +55,7 @@ def train(recipe: Recipe) -> Path:
 
     Raises:
         RecipeError: the recipe can't be run as it is, or can't go on with the run that it names.
+        Stopped: it was asked to, and what there was to keep is on the disk.
         RunError: a reward function, a judge or the run's folder failed.
         FloatingPointError: the loss or a gradient stopped being finite.
     """
@@ -63,11 +66,15 @@ def train(recipe: Recipe) -> Path:
         check_files(recipe)
     resumed = find(recipe)
     torch.manual_seed(recipe.seed)
-    trainer = Trainer(recipe, resumed)
+    interruption = Interruption(seconds_of(recipe.time_limit) if recipe.time_limit else None)
     try:
-        trainer.run()
+        trainer = Trainer(recipe, resumed)
+        try:
+            trainer.run(interruption)
+        finally:
+            trainer.close()
     finally:
-        trainer.close()
+        interruption.close()
     return trainer.folder.path
 
 
@@ -94,6 +101,7 @@ class Trainer:
         self.heldout = self._heldout()
         self.combiner = ScoreCombiner(recipe)
         self.kl = KLController(recipe.kl)
+        self.interruption: Interruption | None = None
         self.state = RunState()
         if resumed is not None and resumed.checkpoint is not None:
             self._take_up(resumed)
@@ -107,8 +115,9 @@ class Trainer:
         self.kl.kl_coef = self.state.kl_coef
         self.combiner.moments = [RunningMoments(**moments) for moments in self.state.moments]
 
-    def run(self) -> None:
+    def run(self, interruption: Interruption) -> None:
         """All iterations that are left, then the final adapters and the report."""
+        self.interruption, interruption.checkpoints = interruption, self.checkpoints
         for warning in warnings_of(self.recipe):
             logger.warning("note: %s", warning)
         last = self.recipe.iterations
@@ -126,6 +135,7 @@ class Trainer:
                 advance(f"score {metrics['score/mean']:+.3f}")
                 after = self._look(iteration + 1)
                 self._keep(iteration + 1)
+                self.checkpoints.at_rest(self.state)
                 looked = after.metrics if after else {}
                 self.checkpoints.after_iteration(self.state, metrics | looked, last=iteration + 1 == last)
         self._finish(base, before, after or self.folder.last_look())
@@ -142,7 +152,14 @@ class Trainer:
 
         def phase_is_done() -> None:
             begun.spent = clock.so_far
+            self.checkpoints.at_rest(self.state)
             self.checkpoints.in_iteration(self.state)
+
+        def step_is_done() -> None:
+            begun.spent, stop = clock.so_far, self.interruption is not None and self.interruption.check()
+            self.checkpoints.in_iteration(self.state, asked=stop)
+            if stop:
+                self.interruption.stop()
 
         prompts = self.prompts.batch(iteration, dist.rank(), dist.world_size())
         if begun.rollout is None:
@@ -157,10 +174,12 @@ class Trainer:
                 begun.evaluation = evaluate(self.engine, begun.rollout, scores, recipe)
             phase_is_done()
         rollout, evaluation, stats = begun.rollout, begun.evaluation, begun.stats
+        self.checkpoints.moving()
         with clock.phase("training"):
             experience = make_experience(rollout, evaluation, recipe, self.combiner, self.kl.kl_coef)
             frozen = frozenset({ACTOR}) if iteration < recipe.critic.warmup_iterations else frozenset()
-            update(self.engine, experience, recipe, iteration, self.kl.kl_coef, frozen, stats, phase_is_done)
+            update(self.engine, experience, recipe, iteration, self.kl.kl_coef, frozen, stats, step_is_done)
+        self.checkpoints.at_rest(self.state)
         metrics = {
             **rollout_metrics(experience, self.combiner.raw(evaluation), [source.name for source in self.sources]),
             **update_metrics(stats),

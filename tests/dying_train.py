@@ -1,14 +1,15 @@
 """launch/train.py, of which rank 0 dies by SIGKILL as soon as the checkpoint named in DIES_AFTER is on the disk."""
 
 import os
+import runpy
 import signal
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
-from engine import checkpoint_store
-from launch.train import main
+from engine import checkpoint_store  # noqa: E402
 
 whole_write = checkpoint_store.write
 
@@ -20,4 +21,4 @@ def write(folder, name, checkpoint):
 
 
 checkpoint_store.write = write
-main()
+runpy.run_path(str(ROOT / "launch" / "train.py"), run_name="__main__")

@@ -23,7 +23,7 @@ LAYERS = [
     {"replica", "model_checks"},
     {"hybrid_engine", "checks", "logprob_memory"},
     {"checkpoint", "export", "reward_sources"},
-    {"rollout", "evaluation", "advantages", "update", "supervised", "resume"},
+    {"rollout", "evaluation", "advantages", "update", "supervised", "resume", "interruption"},
     {"heldout", "toyworld"},
     {"report", "benchmark_report", "run_folder"},
     {"trainer"},

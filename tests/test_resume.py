@@ -57,13 +57,9 @@ def record(folder: Path) -> dict:
     clocks = ("time/", "cpu/", "memory/", "comm/")
     metrics = [{k: v for k, v in row.items() if not k.startswith(clocks)} for row in lines(folder / "metrics.jsonl")]
     files = {f.relative_to(folder).as_posix(): f.read_bytes() for f in (folder / "final").rglob("*") if f.is_file()}
-    return {
-        "metrics": metrics,
-        "looks": lines(folder / "evaluation.jsonl"),
-        "samples": lines(folder / "samples.jsonl"),
-        "page": (folder / "before_after.txt").read_text(),
-        "final": files,
-    }
+    looks = folder / "evaluation.jsonl"
+    held_out = (lines(looks), (folder / "before_after.txt").read_text()) if looks.exists() else None
+    return {"metrics": metrics, "held out": held_out, "samples": lines(folder / "samples.jsonl"), "final": files}
 
 
 @pytest.fixture(scope="module")
