@@ -17,7 +17,7 @@ from engine.identity import IN_NO_IDENTITY, changed_identity, changed_settings, 
 logger = dist.get_logger(__name__)
 
 AUTO = "auto"
-CUT_FILES = ("metrics.jsonl", "evaluation.jsonl", "samples.jsonl", "events.jsonl")
+CUT_FILES = ("metrics.jsonl", "evaluation.jsonl", "samples.jsonl")
 """Files of lines with an `iteration`; those beyond the checkpoint's are written again."""
 
 

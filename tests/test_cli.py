@@ -187,7 +187,7 @@ def test_environment_variables_are_not_settings(recipe_file, monkeypatch):
     [
         ("--ppo.clip_ration", "--ppo.clip_ratio"),
         ("--clip_ratio", "--ppo.clip_ratio"),
-        ("--ppo.clip-ratio", "--ppo.clip_ratio"),
+        ("--ppo.clip-ration", "--ppo.clip_ratio"),
         ("--iteration", "--iterations"),
         ("--rewards.0.weight", "--rewards"),
         ("--generation.max_tokens", "--generation.max_new_tokens"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from safetensors.torch import load_file
 from engine import checkpoint_store, resume
 from engine.checkpoint import Checkpoints
 from engine.command_line import load_recipe
-from engine.errors import RecipeError
+from engine.errors import RecipeError, RunError
 from engine.trainer import train
 from tests import checkpoints, tiny
 from tests.distributed import Pool
@@ -286,3 +288,66 @@ def test_a_checkpoint_is_small(recipe, whole):
     trained = sum(t.numel() for f in (whole / "final").rglob("*.safetensors") for t in load_file(f).values())
     size = sum(file.stat().st_size for file in path.iterdir())
     assert 12 * trained < size < 1.2 * 12 * trained + 2 * 40_000
+
+
+# --- which checkpoints there are, and a disk that is full
+
+
+def names(folder: Path) -> list[str]:
+    return [path.name for path in checkpoint_store.finished(folder / "checkpoints")]
+
+
+def test_the_last_and_the_best_are_kept(pool, recipe, whole):
+    output = recipe.parent / "kept"
+    settings = {"every_iterations": 1, "keep_last": 1, "keep_best": "-score/mean"}
+    pool.run(run_with, str(recipe), str(output), None, {"checkpoint": settings})
+    scores = [row["score/mean"] for row in lines(output / "metrics.jsonl")]
+    worst = scores.index(min(scores)) + 1
+    assert worst != ITERATIONS and names(output) == [f"{ITERATIONS:06d}", f"{worst:06d}"]
+    state = checkpoint_store.read_state(output / "checkpoints" / f"{ITERATIONS:06d}")
+    assert state["best"] == {"metric": "-score/mean", "value": min(scores), "checkpoint": f"{worst:06d}"}
+
+
+def test_checkpoints_by_the_clock(pool, recipe, whole):
+    output = recipe.parent / "clock"
+    settings = {"every_iterations": 0, "every_minutes": 1e-6, "keep_last": 9, "mid_phase": False}
+    pool.run(run_with, str(recipe), str(output), None, {"checkpoint": settings, "iterations": 2})
+    assert names(output) == ["000002", "000001"]
+    output, settings = recipe.parent / "no clock", {"every_iterations": 0, "mid_phase": False}
+    pool.run(run_with, str(recipe), str(output), None, {"checkpoint": settings, "iterations": 2})
+    assert names(output) == []
+
+
+def run_on_a_full_disk(recipe: str, output: str, on_full_disk: str) -> str:
+    """No second checkpoint fits; what became of the run."""
+    whole_save, saved = checkpoint_store.save_file, []
+
+    def save_file(tensors, file):
+        saved.append(file)
+        if len(saved) > 2:  # one per role
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        whole_save(tensors, file)
+
+    checkpoint_store.save_file = save_file
+    settings = {"every_iterations": 1, "mid_phase": False, "on_full_disk": on_full_disk}
+    try:
+        run(recipe, output, checkpoint=settings, iterations=3)
+    except RunError as error:
+        return str(error)
+    finally:
+        checkpoint_store.save_file = whole_save
+    return "came to its end"
+
+
+def test_a_full_disk_stops_a_run_or_does_not(pool, recipe, whole):
+    ends = {}
+    for choice in ("continue", "stop"):
+        output = recipe.parent / f"full-{choice}"
+        ends[choice] = pool.run(run_on_a_full_disk, str(recipe), str(output), choice)
+        assert names(output) == ["000001"]
+        assert checkpoint_store.problem_of(output / "checkpoints" / "000001") is None
+        assert not list((output / "checkpoints").glob(".0*"))
+    assert ends["continue"] == ["came to its end"] * 2
+    assert len(lines(recipe.parent / "full-continue" / "metrics.jsonl")) == 3
+    for said in ends["stop"]:
+        assert "000002 could not be written" in said and "No space left" in said and "--resume" in said

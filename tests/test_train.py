@@ -132,6 +132,9 @@ def test_a_run_that_came_in_between_is_not_overwritten(tmp_path):
     recipe = load_recipe(checkpoints.save_recipe(tmp_path))
     folder = RunFolder.claim(recipe, {})
     (folder.path / "metrics.jsonl").write_text("mine")
+    with pytest.raises(RunError, match="another process runs in"):
+        RunFolder.claim(recipe, {})
+    folder.lock.close()
     with pytest.raises(RunError, match="already holds a run"):
         RunFolder.claim(recipe, {})
     assert (folder.path / "metrics.jsonl").read_text() == "mine"
