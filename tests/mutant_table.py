@@ -1522,7 +1522,7 @@ MUTANTS += [
     ),
     ranks(
         "export-of-a-shard",
-        "checkpoint",
+        "export",
         "zero.gathered([parameter])",
         "zero.gathered([])",
         "ZeRO-3 exports empty tensors",
@@ -1530,7 +1530,7 @@ MUTANTS += [
     ),
     ranks(
         "head-not-exported",
-        "checkpoint",
+        "export",
         "if head is not None:",
         "if False:",
         "a critic is saved without its value head",
@@ -1538,7 +1538,7 @@ MUTANTS += [
     ),
     ranks(
         "tied-weights-exported-twice",
-        "checkpoint",
+        "export",
         "if name not in tied}",
         "if True}",
         "ZeRO-3 exports an empty output head where it is tied to the embedding",
