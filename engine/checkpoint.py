@@ -126,7 +126,7 @@ class Checkpoints:
             logger.warning("%s; the one before is whole, and training goes on", problems[0])
 
     def _checkpoint(self, state: RunState, hold: bool) -> Checkpoint:
-        tensors, numbers = self._engine_state or self.engine.capture()
+        tensors, numbers = self._engine_state or self._capture()
         self._engine_state = (tensors, numbers) if hold else None
         random = dist.all_gather_objects(randomness.global_state())
         values = {**self.about, "engine": numbers, "random": random, **_values(state)}
@@ -134,6 +134,10 @@ class Checkpoints:
             tensors = tensors | state.begun.tensors
             values["begun"] = state.begun.to_json() | {"spent": dist.all_gather_objects(state.begun.spent)}
         return Checkpoint(tensors, values)
+
+    def _capture(self) -> tuple[dict, dict]:
+        tensors, numbers = self.engine.capture()
+        return (tensors if self.writes else {}), numbers
 
     def _kept(self, state: RunState) -> set[str]:
         """The last whole ones, the best one, and of those inside an iteration two, if nothing whole is newer.

@@ -7,6 +7,7 @@ ready in memory: it is written at once, and all leave. While they move, the run 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import select
@@ -47,7 +48,7 @@ class Interruption:
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         # Python's own handlers wait for the main thread, which may sit in a collective; this one writes at once.
-        self._handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        self._handlers = {number: signal.signal(number, self._in_main_thread) for number in SIGNALS}
         self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         self._open = True
         self._thread = threading.Thread(target=self._listen, name="interruption", daemon=True)
@@ -75,6 +76,10 @@ class Interruption:
             signal.signal(number, handler)
         os.close(self._read)
         os.close(self._write)
+
+    def _in_main_thread(self, number: int, frame) -> None:
+        if not self._thread.is_alive():  # nobody listens any more
+            raise SystemExit(128 + number)
 
     def _listen(self) -> None:
         while self._open:
@@ -145,14 +150,13 @@ class Interruption:
 
 def _launchers() -> list[tuple[psutil.Process, str]]:
     """The process that started this rank, and DeepSpeed's runner behind it: neither takes the ranks along."""
-    try:
-        parent = psutil.Process().parent()
-        found = [(parent, "the launcher")]
-        grandparent = parent.parent()
-        if grandparent is not None and any(word.endswith("deepspeed") for word in grandparent.cmdline()[:2]):
-            found.append((grandparent, "deepspeed"))
-    except psutil.Error:  # a process that may not be looked at
-        return []
+    found = []
+    with contextlib.suppress(psutil.Error):  # a process that may not be looked at
+        parents = psutil.Process().parents()[:2]
+        found += [(parent, "the launcher") for parent in parents[:1]]
+        for grandparent in parents[1:]:
+            if any(word.endswith("deepspeed") for word in grandparent.cmdline()[:2]):
+                found.append((grandparent, "deepspeed"))
     return found
 
 
@@ -161,6 +165,8 @@ def _has_ended(process: psutil.Process) -> bool:
         return process.status() == psutil.STATUS_ZOMBIE or not process.is_running()
     except psutil.NoSuchProcess:
         return True
+    except psutil.Error:
+        return False
 
 
 def _leave(status: int = STOPPED_EXIT_STATUS) -> None:
