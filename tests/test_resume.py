@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from engine import checkpoint_store, resume
+from engine import checkpoint_store, dist, resume
 from engine.checkpoint import Checkpoints
 from engine.command_line import load_recipe
 from engine.errors import RecipeError, RunError
@@ -153,6 +153,31 @@ def test_another_number_of_ranks_goes_on(pool, single, three, recipe, whole, ran
             assert mine[name] == pytest.approx(other[name], rel=1e-3, abs=1e-4), name
     texts = [(row["iteration"], row["prompt"]) for row in found["samples"] if row["kind"] == "training"]
     assert {prompt for at, prompt in texts if at == 1} and all(at <= ITERATIONS for at, _ in texts)
+
+
+def run_on_disks_of_their_own(recipe: str, folder: str, stop_after: str | None) -> tuple[bool, list[str]]:
+    """Each rank as the only one of a node, in a working folder that the other doesn't see."""
+    before, local = Path.cwd(), os.environ["LOCAL_RANK"]
+    disk = Path(folder) / f"disk-{dist.rank()}"
+    disk.mkdir(parents=True, exist_ok=True)
+    os.chdir(disk)
+    os.environ["LOCAL_RANK"] = "0"
+    try:
+        return run(recipe, "run", stop_after), names(disk / "run")
+    finally:
+        os.chdir(before)
+        os.environ["LOCAL_RANK"] = local
+
+
+def test_on_disks_of_their_own_each_node_keeps_checkpoints(pool, recipe, whole):
+    """One node's disk is lost; the run goes on from the other's."""
+    folder = str(recipe.parent / "disks")
+    for _, kept in pool.run(run_on_disks_of_their_own, str(recipe), folder, "000003.2-inference"):
+        assert kept == ["000003.2-inference", "000003", "000002"]
+    lost = recipe.parent / "disks" / "disk-0" / "run" / "checkpoints"
+    shutil.rmtree(lost)
+    assert pool.run(run_on_disks_of_their_own, str(recipe), folder, None) == [(True, ["000005", "000004"])] * 2
+    assert record(lost.parent) == record(whole)
 
 
 # --- what can't be gone on from, and what is passed over; in one process, before any model loads
