@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import random
 from enum import IntEnum
 
@@ -30,14 +31,22 @@ def global_state() -> dict:
     """
     _, keys, *rest = np.random.get_state()
     version, numbers, gauss = random.getstate()
-    found = {"torch": torch.get_rng_state().tolist(), "numpy": [keys.tolist(), *rest]}
-    return found | {"python": [version, list(numbers), gauss]}
+    found = {"torch": _text(torch.get_rng_state().numpy()), "numpy": [_text(keys), *rest]}
+    return found | {"python": [version, _text(np.array(numbers, dtype=np.uint32)), gauss]}
 
 
 def restore_global_state(state: dict) -> None:
     """Put back what `global_state` gave."""
-    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+    torch.set_rng_state(torch.from_numpy(_numbers(state["torch"], np.uint8)))
     keys, *rest = state["numpy"]
-    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), *rest))
+    np.random.set_state(("MT19937", _numbers(keys, np.uint32), *rest))
     version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
+    random.setstate((version, tuple(_numbers(numbers, np.uint32).tolist()), gauss))
+
+
+def _text(numbers: np.ndarray) -> str:
+    return base64.b64encode(numbers.tobytes()).decode()
+
+
+def _numbers(text: str, kind: type) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), dtype=kind).copy()
