@@ -48,9 +48,9 @@ def random_kills(folder: Path, kills: int, seed: int = 0) -> bool:
     choices = random.Random(seed)
     recipe, output, bad = recipe_of(folder, iterations=10**6), folder / "run", 0
     for kill in range(kills):
-        launched = Launched(recipe, output, "generation", folder)
+        launched = Launched(recipe, output, "generation", folder, dwell_seconds=0)
         launched.wait_for_the_phase()
-        time.sleep(choices.uniform(0, 2))
+        time.sleep(choices.uniform(0, 4))
         tree = launched.tree()
         level = choices.choice((*LEVELS, "all"))
         for name, process in tree.items():

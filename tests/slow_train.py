@@ -11,7 +11,7 @@ sys.path.insert(0, str(ROOT))
 
 from engine import trainer  # noqa: E402
 
-DWELL_SECONDS = 5
+DWELL_SECONDS = float(os.environ["DWELL_SECONDS"])
 PHASES = {"generation": "generate", "inference": "evaluate", "training": "make_experience"}
 calls = 0
 whole = getattr(trainer, PHASES[os.environ["SLOW"]])

@@ -27,7 +27,7 @@ LEVELS = ("runner", "launcher", "rank 0", "rank 1")
 class Launched:
     """A running `deepspeed tests/slow_train.py`, whose processes can be signalled one by one."""
 
-    def __init__(self, recipe: Path, output: Path, phase: str, folder: Path):
+    def __init__(self, recipe: Path, output: Path, phase: str, folder: Path, dwell_seconds: float = 5):
         self.marker = folder / f"marker-{phase}-{time.monotonic_ns()}-"
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -36,6 +36,7 @@ class Launched:
         command += ["--output", output, "--resume", "auto"]
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         environment = {**os.environ, "PATH": path, "SLOW": phase, "MARKER": str(self.marker)}
+        environment["DWELL_SECONDS"] = str(dwell_seconds)
         self.log = (folder / "log.txt").open("w+")
         self.process = subprocess.Popen(
             [str(part) for part in command], cwd=ROOT, env=environment, stdout=self.log, stderr=subprocess.STDOUT
