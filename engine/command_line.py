@@ -86,9 +86,10 @@ def parse(argv: list[str], default_recipe: str = QUICKSTART) -> Recipe:
 
 
 def _underscored(argument: str) -> str:
-    """`--time-limit=4h` as `--time_limit=4h`: both spellings of an option are usual."""
+    """`--time-limit=4h` as `--time_limit=4h`: both spellings of an option are usual. What is no option stays."""
     name, equals, value = argument.partition("=")
-    return name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else argument
+    known = name[2:].replace("-", "_") if name.startswith("--") else ""
+    return f"--{known}{equals}{value}" if known in known_keys() else argument
 
 
 def load_recipe(path: str | Path, overrides: Mapping | None = None) -> Recipe:
