@@ -131,7 +131,7 @@ class Checkpoints:
         random = dist.all_gather_objects(randomness.global_state())
         values = {**self.about, "engine": numbers, "random": random, **_values(state)}
         if state.begun is not None:
-            tensors = tensors | state.begun.tensors
+            tensors = tensors | (state.begun.tensors if self.writes else {})
             values["begun"] = state.begun.to_json() | {"spent": dist.all_gather_objects(state.begun.spent)}
         return Checkpoint(tensors, values)
 

@@ -60,7 +60,7 @@ def parse(argv: list[str], default_recipe: str = QUICKSTART) -> Recipe:
         source = CliSettingsSource(
             _CommandLine,
             root_parser=parser,
-            cli_parse_args=[_underscored(argument) for argument in argv],
+            cli_parse_args=_underscored(argv),
             cli_parse_none_str="null",
             cli_avoid_json=True,
             cli_use_class_docs_for_groups=True,
@@ -85,11 +85,14 @@ def parse(argv: list[str], default_recipe: str = QUICKSTART) -> Recipe:
     return recipe
 
 
-def _underscored(argument: str) -> str:
+def _underscored(argv: list[str]) -> list[str]:
     """`--time-limit=4h` as `--time_limit=4h`: both spellings of an option are usual. What is no option stays."""
-    name, equals, value = argument.partition("=")
-    known = name[2:].replace("-", "_") if name.startswith("--") else ""
-    return f"--{known}{equals}{value}" if known in known_keys() else argument
+    keys, found = known_keys(), []
+    for argument in argv:
+        name, equals, value = argument.partition("=")
+        known = name[2:].replace("-", "_") if name.startswith("--") else ""
+        found.append(f"--{known}{equals}{value}" if known in keys else argument)
+    return found
 
 
 def load_recipe(path: str | Path, overrides: Mapping | None = None) -> Recipe:

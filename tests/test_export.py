@@ -60,16 +60,26 @@ def exported(folder: Path, home: str):
     return actor, PeftModel.from_pretrained(tiny.llama(), str(folder / "critic")).get_base_model().model, head
 
 
+def alone(rollout, row: int) -> tuple[torch.Tensor, int, int]:
+    """`[1, L]` prompt and response of a row without padding, and the tokens of each."""
+    p, r = int(rollout.prompt_lengths[row]), int(rollout.response_lengths[row])
+    return torch.cat([rollout.prompt_ids[row, -p:], rollout.response_ids[row, :r]])[None], p, r
+
+
+def plain_logprobs(model, ids: torch.Tensor, p: int, r: int) -> torch.Tensor:
+    """`[r]` of the response's tokens, by the plain model."""
+    return model(ids).logits[0, p - 1 : p + r - 1].log_softmax(-1)[torch.arange(r), ids[0, p:]]
+
+
 @pytest.mark.parametrize(("stage", "home"), [("zero0", "adapter"), *(("zero3", home) for home in HOMES)])
 def test_export_computes_the_same_in_plain_libraries(pool, tmp_path, stage, home):
     logprobs, values = pool.run(export, stage, home, str(tmp_path / "final"))[0]
     actor, critic, head = exported(tmp_path / "final", home)
     rollout = tiny.rollout()
     for row in range(7):
-        p, r = int(rollout.prompt_lengths[row]), int(rollout.response_lengths[row])
-        ids = torch.cat([rollout.prompt_ids[row, -p:], rollout.response_ids[row, :r]])[None]
+        ids, p, r = alone(rollout, row)
         with torch.no_grad():
-            plain = actor(ids).logits[0, p - 1 : p + r - 1].log_softmax(-1)[torch.arange(r), ids[0, p:]]
+            plain = plain_logprobs(actor, ids, p, r)
             hidden = critic(ids).last_hidden_state[0, p - 1 : p + r - 1]
             assert torch.allclose(plain, logprobs[row, :r], atol=1e-5)
             assert torch.allclose(head(hidden)[:, 0], values[row, :r], atol=1e-5)
@@ -95,8 +105,7 @@ def test_a_full_actor_with_tied_weights_is_exported_whole(pool, tmp_path, stage)
     assert "lm_head.weight" not in load_file(tmp_path / "final" / "actor" / "model.safetensors")
     rollout = tiny.rollout()
     for row in range(7):
-        p, r = int(rollout.prompt_lengths[row]), int(rollout.response_lengths[row])
-        ids = torch.cat([rollout.prompt_ids[row, -p:], rollout.response_ids[row, :r]])[None]
+        ids, p, r = alone(rollout, row)
         with torch.no_grad():
-            plain = actor(ids).logits[0, p - 1 : p + r - 1].log_softmax(-1)[torch.arange(r), ids[0, p:]]
+            plain = plain_logprobs(actor, ids, p, r)
         assert torch.allclose(plain, logprobs[row, :r], atol=1e-5)
