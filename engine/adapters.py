@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from engine import causal, zero
-from engine.config import LoraSettings
 from engine.errors import RecipeError
+from engine.role_config import LoraSettings
 
 # What peft calls the containers of an adapter's parameters; the adapter's name is the next part of a parameter's name.
 CONTAINERS = {"lora_A", "lora_B", "lora_magnitude_vector", "modules_to_save"}

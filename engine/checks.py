@@ -6,10 +6,11 @@ import os
 from pathlib import Path
 
 from engine import combinations, model_checks
-from engine.config import LoraSettings, Recipe, steps_per_iteration
+from engine.config import Recipe, steps_per_iteration
 from engine.ds_config import read_ds_config
 from engine.errors import RecipeError
 from engine.plugins import load_function
+from engine.role_config import LoraSettings
 
 
 def check_files(recipe: Recipe, built: bool = True) -> None:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
-from engine.config import LoraSettings, Recipe
+from engine.config import Recipe
+from engine.role_config import LoraSettings
 
 Parts = dict[str, float]
 """FLOPs by what they were spent on."""

@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 
 from engine import device_memory, dist, fetching, fused_lora, models, onednn, zero
 from engine.batch import Rollout, take_rows
-from engine.config import ModelConfig, OptimizerSettings, Recipe, steps_per_iteration
+from engine.config import Recipe, steps_per_iteration
 from engine.ds_config import read_ds_config, resolve_ds_config
 from engine.replica import Replica
+from engine.role_config import ModelConfig, OptimizerSettings
 from engine.roles import ACTOR, CRITIC, Layout, ReferenceModel, RolesModel, RolesOutput, ValueModel, named_adapters
 from engine.sharded_loading import refused_together, sharded_loading
 

@@ -21,8 +21,8 @@ from transformers import (
 )
 
 from engine import attention, causal
-from engine.config import ModelConfig
 from engine.errors import RecipeError
+from engine.role_config import ModelConfig
 
 # No weights or broken ones, another architecture, other sizes, a kernel that isn't installed.
 UNLOADABLE = (OSError, ValueError, ImportError, RuntimeError, SafetensorError)

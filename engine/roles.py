@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from engine import adapters, causal
 from engine.batch import Rollout, length_mask
-from engine.config import CriticConfig, Recipe
+from engine.config import Recipe
+from engine.role_config import CriticConfig
 from engine.scoring import last_positions
 from engine.vocabulary_head import Asked, Logits, VocabularyHead
 

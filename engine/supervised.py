@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from engine import causal, dist, zero
 from engine.batch import length_mask
-from engine.config import OptimizerSettings
 from engine.console import progress_bar
 from engine.ds_config import read_ds_config, resolve_ds_config
 from engine.hybrid_engine import Schedule
+from engine.role_config import OptimizerSettings
 from engine.scoring import last_token_scores
 from engine.section import Section
 

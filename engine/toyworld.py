@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from engine import dist
-from engine.config import OptimizerSettings
+from engine.role_config import OptimizerSettings
 from engine.section import Section
 from engine.stories import (
     NAMES,

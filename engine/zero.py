@@ -24,9 +24,9 @@ from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
 from engine import causal, dist, onednn, optimizer_state, traffic
-from engine.config import OptimizerSettings
 from engine.errors import RecipeError
 from engine.fetching import FetchOrders, decoder_layers, kind_of, prefetch_elements
+from engine.role_config import OptimizerSettings
 from engine.role_steps import RoleSteps
 
 logger = dist.get_logger(__name__)

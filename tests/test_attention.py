@@ -10,7 +10,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from engine import attention, models
-from engine.config import ModelConfig
+from engine.role_config import ModelConfig
 from tests import tiny
 
 

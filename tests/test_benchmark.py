@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, LlamaForCausalLM, LlamaForSequenceClassification
 
 from engine import benchmark, benchmark_report, flops, logprob_memory, machine, models, workloads
-from engine.config import LoraSettings, Recipe
+from engine.config import Recipe
 from engine.prompts import load_prompts
+from engine.role_config import LoraSettings
 from engine.roles import Layout
 from tests import tiny
 from tests.launching import launch, launch_plain

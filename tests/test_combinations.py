@@ -18,9 +18,10 @@ from engine import combinations, models
 from engine.batch import Experience
 from engine.checks import check_files, warnings_of
 from engine.command_line import load_recipe
-from engine.config import REPOSITORY, ModelConfig, Recipe
+from engine.config import REPOSITORY, Recipe
 from engine.errors import RecipeError
 from engine.hybrid_engine import HybridEngine
+from engine.role_config import ModelConfig
 from engine.update import update
 from tests import checkpoints, tiny
 from tests.test_adapters import save_adapter

@@ -18,10 +18,11 @@ from transformers import LlamaForCausalLM
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
 from engine import models, zero
-from engine.config import ModelConfig, Recipe
+from engine.config import Recipe
 from engine.ds_config import read_ds_config
 from engine.errors import RecipeError
 from engine.hybrid_engine import HybridEngine
+from engine.role_config import ModelConfig
 from engine.roles import ACTOR, CRITIC, Layout, RolesModel
 from engine.sharded_loading import sharded_loading
 from tests import checkpoints, tiny

@@ -17,8 +17,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from engine import models
 from engine import rollout as rollout_module
 from engine.batch import Prompts
-from engine.config import DataConfig, GenerationConfig, ModelConfig
+from engine.config import DataConfig, GenerationConfig
 from engine.prompts import PromptSource, load_prompts
+from engine.role_config import ModelConfig
 from engine.rollout import generate
 from engine.stopping import Stops
 from tests import checkpoints, tiny

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from engine.config import OptimizerSettings
+from engine.role_config import OptimizerSettings
 from engine.supervised import (
     Demonstration,
     FitSettings,

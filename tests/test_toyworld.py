@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
 from engine import stories, toyworld
-from engine.config import OptimizerSettings
+from engine.role_config import OptimizerSettings
 from engine.scoring import last_token_scores
 from engine.stories import Opening, Plot, characters, draw_opening, draw_plot, judge, normalize, parse, vocabulary
 from engine.supervised import FitSettings, pad_right, sft_loss
