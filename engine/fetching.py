@@ -42,6 +42,31 @@ def kind_of(function=None, *arguments, **asked) -> Hashable:
     return torch.is_grad_enabled(), function if callable(function) else None, names
 
 
+class PhaseWeights:
+    """Frozen weights that stay gathered from their first use in a phase to its end: its forwards share one fetch.
+
+    An optimizer step ends it too: DeepSpeed then cuts every weight.
+
+    Args:
+        module: under ZeRO-3; below it there is nothing to keep.
+        room_bytes: they are kept if all of them, whole, take no more.
+    """
+
+    def __init__(self, module: nn.Module, room_bytes: int):
+        cut = [p for p in module.parameters() if hasattr(p, "ds_id") and not p.ds_persist]
+        frozen = [p for p in cut if not p.requires_grad]
+        whole_bytes = sum(p.ds_numel * p.element_size() for p in frozen)
+        self.parameters = frozen if whole_bytes <= room_bytes else []
+        for parameter in self.parameters:
+            parameter.ds_persist = True  # for DeepSpeed's hooks, which remember what they release: never taken back
+
+    def let_go(self) -> None:
+        """Back to the shards; every rank calls it, nothing travels."""
+        for parameter in self.parameters:
+            if parameter.ds_status.name == "AVAILABLE":
+                parameter.partition()
+
+
 class FetchOrders:
     """One remembered order of weights for each kind of forward, instead of DeepSpeed's only one.
 

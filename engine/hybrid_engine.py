@@ -14,6 +14,7 @@ from engine import device_memory, dist, fetching, fused_lora, models, onednn, ze
 from engine.batch import Rollout, take_rows
 from engine.config import Recipe, steps_per_iteration
 from engine.ds_config import read_ds_config, resolve_ds_config
+from engine.fetching import PhaseWeights
 from engine.replica import Replica
 from engine.role_config import ModelConfig, OptimizerSettings
 from engine.roles import ACTOR, CRITIC, Layout, ReferenceModel, RolesModel, RolesOutput, ValueModel, named_adapters
@@ -84,6 +85,7 @@ class HybridEngine:
             if recipe.kl.estimator == "full":
                 with torch.no_grad(), zero.gathered(reference.head.parameters()):
                     self.reference_logits = reference.head.whole_copy()
+        self.phase_weights = self._phase_weights()
 
     @classmethod
     def load(cls, recipe: Recipe) -> HybridEngine:
@@ -164,11 +166,24 @@ class HybridEngine:
             room //= 2  # the sampler packs a copy of weights that stay: engine/onednn.py
         return max(0, int(dist.all_reduce(torch.tensor(room), "min")))
 
+    def _phase_weights(self) -> list[PhaseWeights]:
+        """Only now: a layer of an adapter is fused where its matrices are whole at all times, not for a phase."""
+        keep, trained = self.recipe.zero.keep_gathered_bytes, [self.engine]
+        trained += [] if self.critic is None else [self.critic_engine]
+        modules = [(e.module, "offload_param" in e.ds_config.get("zero_optimization", {})) for e in trained]
+        if self.reference is not None:
+            modules.append((self.reference.module, self.recipe.reference.offload_param == "cpu"))
+        return [zero.phase_weights(module, keep, self.device, offloaded) for module, offloaded in modules]
+
     @contextmanager
     def inference(self) -> Iterator[None]:
-        """Inside, nothing keeps a graph."""
-        with torch.no_grad():
-            yield
+        """Inside, nothing keeps a graph. Frozen weights that stayed gathered are cut again at its end."""
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for weights in self.phase_weights:
+                weights.let_go()
 
     def forward(
         self,

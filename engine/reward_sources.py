@@ -109,6 +109,8 @@ class RewardModel:
         if self.text is not None:
             logger.info("reward %s reads text: its tokenizer is another one", self.name)
         self.engine = zero.FrozenEngine(_Scorer(model), models.DTYPES[dtype], offload_to_cpu=offload)
+        keep = recipe.zero.keep_gathered_bytes
+        self.phase_weights = zero.phase_weights(self.engine.module, keep, self.engine.device, offload)
 
     def score(self, rollout: Rollout, texts: Texts) -> Tensor:
         if self.text is None:
@@ -116,7 +118,9 @@ class RewardModel:
         else:
             ids, lengths = self._read(rollout, texts)
             mask = length_mask(lengths, ids.shape[1])
-        return _in_micro_batches(self._forward, ids, mask, lengths, self.settings)
+        scores = _in_micro_batches(self._forward, ids, mask, lengths, self.settings)
+        self.phase_weights.let_go()
+        return scores
 
     def _forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         return self.engine(ids.to(self.engine.device), mask.to(self.engine.device))

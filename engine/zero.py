@@ -23,9 +23,9 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
-from engine import causal, dist, onednn, optimizer_state, traffic
+from engine import causal, device_memory, dist, onednn, optimizer_state, traffic
 from engine.errors import RecipeError
-from engine.fetching import FetchOrders, decoder_layers, kind_of, prefetch_elements
+from engine.fetching import FetchOrders, PhaseWeights, decoder_layers, kind_of, prefetch_elements
 from engine.role_config import OptimizerSettings
 from engine.role_steps import RoleSteps
 
@@ -261,6 +261,21 @@ class FrozenEngine:
 
     def close(self) -> None:
         self.engine.destroy()
+
+
+def phase_weights(
+    module: nn.Module, keep_bytes: int | str, device: torch.device, offloaded: bool = False
+) -> PhaseWeights:
+    """What of a module's frozen weights stays gathered for a phase; the same on every rank (a collective).
+
+    Args:
+        keep_bytes: zero.keep_gathered_bytes of the recipe.
+        offloaded: their shards live in host memory, since the device has little: auto then keeps nothing.
+    """
+    if keep_bytes == "auto":
+        free = 0 if offloaded else device_memory.free_bytes(device, local_ranks())
+        keep_bytes = int(dist.all_reduce(torch.tensor(free // 10), "min"))
+    return PhaseWeights(module, keep_bytes)
 
 
 def frozen_config(dtype: torch.dtype, offload_to_cpu: bool) -> dict:

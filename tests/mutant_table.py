@@ -573,6 +573,22 @@ MUTANTS += [
         "test_onednn.py",
     ),
     ranks(
+        "phase-weights-left-behind",
+        "hybrid_engine",
+        "weights.let_go()",
+        "pass",
+        "inference leaves the frozen weights gathered",
+        "test_phase_weights.py::test_results_are_the_same_bitwise_and_no_weight_is_left",
+    ),
+    ranks(
+        "phase-weights-fetched-anew",
+        "fetching",
+        "parameter.ds_persist = True",
+        "parameter.ds_persist = False",
+        "each forward fetches the frozen weights again",
+        "test_phase_weights.py::test_a_frozen_matrix_is_fetched_once_in_inference_and_once_for_each_step",
+    ),
+    ranks(
         "out-of-step",
         "rollout",
         'if passes % AGREE_EVERY == 0 and not dist.all_reduce(busy, "max"):',
