@@ -96,6 +96,7 @@ class Interruption:
                     self._leave()
                 if not self.watchdog.on:
                     return
+                self._store = None
 
     def _own_reason(self, woken: bool) -> str | None:
         where = f"rank {dist.rank()} on {os.uname().nodename}"
@@ -112,10 +113,10 @@ class Interruption:
 
     def _heard(self) -> str | None:
         key = f"{self._run}/stop"
-        return self._store.get(key).decode() if self._store.check([key]) else None
+        return self._store.get(key).decode() if self._store and self._store.check([key]) else None
 
     def _tell(self, reason: str | None) -> str | None:
-        if reason is not None:
+        if reason is not None and self._store:
             self._store.set(f"{self._run}/stop", reason)
         return reason
 

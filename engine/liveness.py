@@ -15,6 +15,8 @@ GONE, STOPPED = "gone", "stopped"
 """States of a process that does nothing more, or nothing for now."""
 GRACE_SECONDS = 5.0
 """How long the others may take to come to the same end as a rank that has failed."""
+SUSPICIOUS_SECONDS = 10.0
+"""How long a rank may give no sign of life once the connection to one is known to have broken."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,10 @@ class Seen:
     rank: int
     host: str
     record: dict
-    """Of `progress.record`, with `state`, `error`, `place`, and `still_seconds` for how long it has been the same."""
+    """Of `progress.record`, with `state`, `place`, and `still_seconds` for how long it has been the same.
+
+    `error`: what ended it or, while it is here, that it has lost the connection to another one.
+    """
     silent_seconds: float = 0.0
     """Since its record was last renewed."""
     process: str | None = None
@@ -50,11 +55,13 @@ def blame(ranks: Sequence[Seen], patience_seconds: float, everyone: bool) -> lis
     if gone or failed:
         return gone + failed
     ranks = [seen for seen in ranks if seen.here]
+    if any(seen.record["error"] for seen in ranks):
+        patience_seconds = min(patience_seconds, SUSPICIOUS_SECONDS)
     silent = [seen for seen in ranks if seen.silent_seconds >= patience_seconds]
     if silent:
         return [(seen, f"gives no sign of life for {seen.silent_seconds:.0f} s{_stopped(seen)}") for seen in silent]
     behind = _behind(ranks, patience_seconds) if everyone else []
-    return [(seen, f"has not moved for {seen.still_seconds:.0f} s") for seen in behind]
+    return [(seen, f"has not moved for {seen.still_seconds:.0f} s{_after(seen)}") for seen in behind]
 
 
 def _has_failed(seen: Seen, patience_seconds: float) -> bool:
@@ -65,10 +72,15 @@ def _stopped(seen: Seen) -> str:
     return f" (its process is {seen.process})" if seen.process else ""
 
 
+def _after(seen: Seen) -> str:
+    return f", after {seen.record['error']}" if seen.record["error"] else ""
+
+
 def _behind(ranks: Sequence[Seen], patience_seconds: float) -> list[Seen]:
     fewest = min((seen.record["collectives"] for seen in ranks), default=0)
     last = [seen for seen in ranks if seen.record["collectives"] == fewest]
-    still = [seen for seen in last if seen.still_seconds >= patience_seconds]
+    # Who has lost the connection to another one waits for that one to be found out.
+    still = [s for s in last if s.still_seconds >= patience_seconds + (GRACE_SECONDS if s.record["error"] else 0)]
     outside = [seen for seen in still if not seen.record["inside"]]
     if outside:
         return outside

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-
-_LIBRARIES = (*{sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")}, "<frozen")
+_HERE = Path(__file__).parent
+_NOT_THE_PLACE = (*{sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")}, "<frozen")
+_NOT_THE_PLACE += tuple(str(_HERE / name) for name in ("progress.py", "traffic.py", "dist.py"))
 
 
 class _Now:
@@ -99,9 +100,9 @@ def record() -> dict:
 
 
 def place() -> str:
-    """Where in the code the main thread is: the innermost line that is no library's."""
+    """Where in the code the main thread is: the innermost line of no library and no wrapper."""
     innermost = frame = sys._current_frames()[threading.main_thread().ident]
-    while frame is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
+    while frame is not None and frame.f_code.co_filename.startswith(_NOT_THE_PLACE):
         frame = frame.f_back
     frame = frame or innermost
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}"

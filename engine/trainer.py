@@ -62,22 +62,23 @@ def train(recipe: Recipe) -> Path:
     """
     check_files(recipe, built=not recipe.toyworld)
     zero.start(watched=recipe.watchdog_seconds is not None)
-    with Watchdog(recipe.watchdog_seconds) as watchdog:
-        if recipe.toyworld:
-            toyworld.prepare(recipe.toyworld)  # all ranks build it together
-            check_files(recipe)
-        resumed = find(recipe)
-        torch.manual_seed(recipe.seed)
-        interruption = Interruption(seconds_of(recipe.time_limit) if recipe.time_limit else None, watchdog)
-        try:
+    watchdog = Watchdog(recipe.watchdog_seconds)
+    interruption = Interruption(seconds_of(recipe.time_limit) if recipe.time_limit else None, watchdog)
+    try:
+        with watchdog:
+            if recipe.toyworld:
+                toyworld.prepare(recipe.toyworld)  # all ranks build it together
+                check_files(recipe)
+            resumed = find(recipe)
+            torch.manual_seed(recipe.seed)
             with progress.phase("loading"):
                 trainer = Trainer(recipe, resumed)
             try:
                 trainer.run(interruption)
             finally:
                 trainer.close()
-        finally:
-            interruption.close()
+    finally:
+        interruption.close()
     return trainer.folder.path
 
 
@@ -131,7 +132,7 @@ class Trainer:
         base = dist.all_gather_objects(self.engine.frozen_hash())
         before = self._look(0) if self.is_new else self.folder.first_look()
         after = None
-        with progress_bar("PPO", last, self.state.iteration) as advance:
+        with progress_bar("PPO", last, self.state.iteration) as advance, progress.phase("between phases"):
             for iteration in range(self.state.iteration, last):
                 metrics = self.iterate(self.state.begun or Begun(iteration))
                 self.sinks.write(iteration + 1, metrics)

@@ -26,13 +26,14 @@ from typing import TYPE_CHECKING
 import psutil
 
 from engine import dist, progress
+from engine.command_line import LOST_PEER
 from engine.errors import Stopped
 from engine.liveness import FAILED, GONE, GRACE_SECONDS, HERE, LEFT, STOPPED, Seen, blame, failure_of, report
 
 if TYPE_CHECKING:
     from engine.checkpoint import Checkpoints
 
-BEAT_SECONDS = 0.5
+BEAT_SECONDS = 0.25
 POLL_SECONDS = 0.25
 AGREE_SECONDS = 2.0
 """How long a rank waits for the store's answer before it goes by what it knows."""
@@ -84,10 +85,13 @@ class Watchdog:
     def __exit__(self, kind, error, trace) -> None:
         if not self.on:
             return
+        self._error = f"{kind.__name__}: {error}" if error is not None else ""
         if error is None or isinstance(error, Stopped):
             self.say_goodbye()
+        elif LOST_PEER.search(str(error)) or self.explains_a_signal():
+            self._threads[1].join()  # the rank that was lost will be found out, and that ends this process
         else:
-            self._state, self._error = FAILED, f"{kind.__name__}: {error}"
+            self._state = FAILED
             self._round_trip()
         self._open = False
         progress.changed.set()
@@ -97,7 +101,7 @@ class Watchdog:
 
     def say_goodbye(self) -> None:
         """This rank ends as it should. Rank 0, which keeps the store, stays until the others do, too."""
-        if not self.on:
+        if not self._open:
             return
         self._state = LEFT
         self._round_trip()
@@ -106,7 +110,7 @@ class Watchdog:
 
     def explains_a_signal(self) -> bool:
         """Whether DeepSpeed's launcher has a reason to send one that is no person's: a rank of this host has ended."""
-        if not self.on:
+        if not self._open:
             return False
         ended = [rank for rank, process in self._mates.items() if _state_of(process) == GONE]
         return self.failure is not None or any(self._heard[rank][0]["state"] != LEFT for rank in ended)
@@ -118,14 +122,28 @@ class Watchdog:
         while self._open:
             progress.changed.clear()
             try:
-                store = store or dist.rendezvous()
-                self._exchange_once(store)
-                self._lost_since = None
-                self._came_round.set()
+                if store is None and not self._refused():
+                    store = dist.rendezvous()
+                if store is not None:
+                    self._exchange_once(store)
             except Exception:  # the other thread decides what it means
                 store = None
-                self._lost_since = self._awake if self._lost_since is None else self._lost_since
+            self._came_round.set()
             progress.changed.wait(BEAT_SECONDS)
+
+    def _refused(self) -> bool:
+        """Whether nobody keeps the store any more: its host answers, and no process listens."""
+        refused = False
+        with contextlib.suppress(OSError):
+            try:
+                socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), 1.0).close()
+            except ConnectionRefusedError:
+                refused = True
+        if not refused:
+            self._lost_since = None
+        elif self._lost_since is None:
+            self._lost_since = self._awake
+        return refused
 
     def _exchange_once(self, store) -> None:
         self._beat += 1
@@ -144,6 +162,8 @@ class Watchdog:
 
     def _round_trip(self) -> None:
         """Let the other thread exchange once more from the beginning, if it can."""
+        if self._awake - self._contact > AGREE_SECONDS:
+            return
         for _ in range(2):  # it may be in the middle
             self._came_round.clear()
             progress.changed.set()
@@ -219,7 +239,7 @@ class Watchdog:
         if silent >= self._patience:
             return f"can't be reached for {silent:.0f} s, nor can the rendezvous store, which it keeps"
         if self._lost_since is not None and self._awake - self._lost_since >= min(GRACE_SECONDS, self._patience):
-            return "has closed the connection to the rendezvous store, which it keeps"
+            return "is gone: nobody keeps the rendezvous store any more"
         return None
 
     # The end.
