@@ -52,7 +52,7 @@ def blame(ranks: Sequence[Seen], patience_seconds: float, everyone: bool) -> lis
     """
     gone = [(seen, "died: its process is gone") for seen in ranks if seen.here and seen.process == GONE]
     failed = [(seen, f"failed: {seen.record['error']}") for seen in ranks if _has_failed(seen, patience_seconds)]
-    if gone or failed:
+    if gone or failed or any(seen.record["state"] == FAILED for seen in ranks):
         return gone + failed
     ranks = [seen for seen in ranks if seen.here]
     if any(seen.record["error"] for seen in ranks):
@@ -112,5 +112,5 @@ def _doing(row: dict) -> str:
     inside = "inside" if row["inside"] else "left"
     return (
         f"in {row['phase']}, iteration {row['iteration']}, last collective: {row['collective']} "
-        f"(number {row['collectives']}, {inside}), at {row['place']}"
+        f"(number {row['collectives']}, {inside}), last seen at {row['place']}"
     )

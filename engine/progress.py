@@ -1,22 +1,28 @@
 """What this rank is doing: a record that phases, forwards and collectives keep, and that the watchdog reads.
 
-Keeping it costs a few Python instructions; nothing here communicates or waits.
+Keeping it costs a few Python instructions; nothing here communicates or waits. Ranks of one host can look into each
+other's memory: what is there stays true when a rank was killed a moment ago.
 """
 
 from __future__ import annotations
 
 import functools
+import mmap
+import struct
 import sys
 import sysconfig
+import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 _HERE = Path(__file__).parent
 _NOT_THE_PLACE = (*{sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")}, "<frozen")
 _NOT_THE_PLACE += tuple(str(_HERE / name) for name in ("progress.py", "traffic.py", "dist.py"))
+_LAYOUT = struct.Struct("QQ?24s40s")
 
 
 class _Now:
@@ -26,11 +32,10 @@ class _Now:
     moves = 0
     collectives, collective, depth = 0, "none", 0
     work: weakref.ref | None = None
+    shared: mmap.mmap | None = None
 
 
 _now = _Now()
-changed = threading.Event()
-"""Set at the borders of phases, which others should hear of at once. Who waits for it clears it."""
 
 
 def moved() -> None:
@@ -41,29 +46,30 @@ def moved() -> None:
 def begin_iteration(iteration: int) -> None:
     """`iteration` counts from 1."""
     _now.iteration = iteration
-    changed.set()
+    _share()
 
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Inside, this rank is in the phase of that name."""
+    """Inside, this rank is in the phase of that name; an exception leaves it there."""
     outer, _now.phase = _now.phase, name
-    changed.set()
-    try:
-        yield
-    finally:
-        _now.phase = outer
-        changed.set()
+    _share()
+    yield
+    _now.phase = outer
+    _share()
 
 
 @contextmanager
 def collective(name: str) -> Iterator[None]:
     """Around a call that may wait for other ranks."""
-    _enter(name)
+    _now.collectives += 1
+    _now.collective, _now.work, _now.depth = name, None, _now.depth + 1
+    _share()
     try:
         yield
     finally:
         _now.depth -= 1
+        _share()
 
 
 def noted(call: Callable, name: str) -> Callable:
@@ -80,12 +86,6 @@ def noted(call: Callable, name: str) -> Callable:
     return noting
 
 
-def _enter(name: str) -> None:
-    _now.depth += 1
-    _now.collectives += 1
-    _now.collective, _now.work = name, None
-
-
 def record() -> dict:
     """What is known now, as JSON knows it."""
     work = _now.work and _now.work()
@@ -99,10 +99,40 @@ def record() -> dict:
     }
 
 
-def place() -> str:
-    """Where in the code the main thread is: the innermost line of no library and no wrapper."""
-    innermost = frame = sys._current_frames()[threading.main_thread().ident]
+def place(frame: FrameType | None = None) -> str:
+    """Where in the code the main thread is, or was in `frame`: the innermost line of no library and no wrapper."""
+    innermost = frame = frame or sys._current_frames()[threading.main_thread().ident]
     while frame is not None and frame.f_code.co_filename.startswith(_NOT_THE_PLACE):
         frame = frame.f_back
     frame = frame or innermost
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}"
+
+
+def share(name: str) -> Path:
+    """Keep the record where others can look; returns the file, which nobody needs once they have it open."""
+    folder = Path("/dev/shm")
+    path = (folder if folder.is_dir() else Path(tempfile.gettempdir())) / name
+    path.write_bytes(bytes(_LAYOUT.size))
+    _now.shared = map_file(path)
+    _share()
+    return path
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """The memory behind what `share` gave."""
+    with path.open("r+b") as file:
+        return mmap.mmap(file.fileno(), _LAYOUT.size)
+
+
+def read(shared: mmap.mmap) -> dict:
+    """What the record of its process says, or said last."""
+    iteration, collectives, inside, phase, collective = _LAYOUT.unpack_from(shared)
+    texts = {"phase": phase, "collective": collective}
+    found = {name: text.rstrip(b"\0").decode(errors="replace") for name, text in texts.items()}
+    return found | {"iteration": iteration, "collectives": collectives, "inside": inside}
+
+
+def _share() -> None:
+    if _now.shared is not None:
+        phase, collective = _now.phase.encode(), _now.collective.encode()
+        _LAYOUT.pack_into(_now.shared, 0, _now.iteration, _now.collectives, _now.depth > 0, phase, collective)

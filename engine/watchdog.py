@@ -11,6 +11,7 @@ import contextlib
 import faulthandler
 import ipaddress
 import json
+import mmap
 import os
 import socket
 import sys
@@ -58,23 +59,24 @@ class Watchdog:
         self.checkpoints: Checkpoints | None = None
         self.failure: dict | None = None
         """Why this rank is about to end."""
-        self._state, self._error, self._open = HERE, "", self.on
+        self._state, self._error, self._place, self._open = HERE, "", None, self.on
         if not self.on:
             return
         self._patience = seconds - min(MARGIN_SECONDS, seconds / 4)
-        self._rank, self._ranks = dist.rank(), dist.all_gather_objects(_myself())
+        self._key = f"watchdog-{dist.broadcast_object(uuid.uuid4().hex)}"
+        self._rank, self._ranks = dist.rank(), dist.all_gather_objects(_myself(self._key))
         mine = self._ranks[self._rank]
         mates = [rank for rank, one in enumerate(self._ranks) if one["machine"] == mine["machine"]]
         self._mates = {rank: _process(self._ranks[rank]["pid"]) for rank in mates if rank != self._rank}
+        self._memory = self._look_into_memory()
         self._gone: set[int] = set()
         self._visible = sorted({0, *mates} if self._rank else range(len(self._ranks)))
-        self._key = f"watchdog-{dist.broadcast_object(uuid.uuid4().hex)}"
         self._awake, self._still_since, self._last, self._beat = 0.0, 0.0, {}, 0
         self._heard = {rank: (self._my_record(), 0.0) for rank in self._visible}  # and when each was renewed
         self._contact, self._lost_since = 0.0, None
         self._proposal: str | None = None
         self._agreed: dict | None = None
-        self._came_round = threading.Event()
+        self._wake, self._came_round = threading.Event(), threading.Event()
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._exchange, self._watch)]
 
     def __enter__(self) -> Watchdog:
@@ -85,7 +87,9 @@ class Watchdog:
     def __exit__(self, kind, error, trace) -> None:
         if not self.on:
             return
-        self._error = f"{kind.__name__}: {error}" if error is not None else ""
+        if error is not None:
+            self._error = f"{kind.__name__}: {error}"
+            self._place = progress.place([frame for frame, _ in traceback.walk_tb(trace)][-1])
         if error is None or isinstance(error, Stopped):
             self.say_goodbye()
         elif LOST_PEER.search(str(error)) or self.explains_a_signal():
@@ -94,10 +98,21 @@ class Watchdog:
             self._state = FAILED
             self._round_trip()
         self._open = False
-        progress.changed.set()
+        self._wake.set()
         self._threads[1].join()  # for good, where it is about to end this process
         self._threads[0].join(AGREE_SECONDS)
         faulthandler.cancel_dump_traceback_later()
+
+    def _look_into_memory(self) -> dict[int, mmap.mmap]:
+        """What the ranks of this host keep there; those of which it can't be had are left out (a collective)."""
+        found = {}
+        for rank in self._mates:
+            with contextlib.suppress(OSError, TypeError):
+                found[rank] = progress.map_file(Path(self._ranks[rank]["memory"]))
+        dist.barrier()
+        if self._ranks[self._rank]["memory"]:
+            Path(self._ranks[self._rank]["memory"]).unlink()
+        return found
 
     def say_goodbye(self) -> None:
         """This rank ends as it should. Rank 0, which keeps the store, stays until the others do, too."""
@@ -120,7 +135,7 @@ class Watchdog:
     def _exchange(self) -> None:
         store = None
         while self._open:
-            progress.changed.clear()
+            self._wake.clear()
             try:
                 if store is None and not self._refused():
                     store = dist.rendezvous()
@@ -129,7 +144,7 @@ class Watchdog:
             except Exception:  # the other thread decides what it means
                 store = None
             self._came_round.set()
-            progress.changed.wait(BEAT_SECONDS)
+            self._wake.wait(BEAT_SECONDS)
 
     def _refused(self) -> bool:
         """Whether nobody keeps the store any more: its host answers, and no process listens."""
@@ -166,13 +181,13 @@ class Watchdog:
             return
         for _ in range(2):  # it may be in the middle
             self._came_round.clear()
-            progress.changed.set()
+            self._wake.set()
             self._came_round.wait(AGREE_SECONDS / 2)
 
     def _my_record(self) -> dict:
         return {
             **progress.record(),
-            "place": progress.place(),
+            "place": self._place or progress.place(),
             "still_seconds": self._awake - self._still_since,
             "state": self._state,
             "error": self._error,
@@ -230,8 +245,11 @@ class Watchdog:
         for rank, (record, renewed) in self._heard.items():
             if rank == self._rank:
                 found.append(Seen(rank, hosts[rank], self._my_record()))
-            else:
-                found.append(Seen(rank, hosts[rank], record, self._awake - renewed, processes.get(rank)))
+                continue
+            silent, process = self._awake - renewed, processes.get(rank)
+            if rank in self._memory and (process or silent > AGREE_SECONDS):
+                record = record | progress.read(self._memory[rank])
+            found.append(Seen(rank, hosts[rank], record, silent, process))
         return found
 
     def _trouble_with_the_store(self) -> str | None:
@@ -256,7 +274,7 @@ class Watchdog:
         waits_for = self._visible if self._rank == 0 else blamed
         end = time.monotonic() + GRACE_SECONDS
         while self._still_here(waits_for) and time.monotonic() < end:
-            progress.changed.set()
+            self._wake.set()
             time.sleep(POLL_SECONDS / 2)
         for rank in blamed:
             with contextlib.suppress(psutil.Error):  # psutil hits no other process that was given the number
@@ -298,11 +316,14 @@ class Watchdog:
             file.write(json.dumps(row) + "\n")
 
 
-def _myself() -> dict:
+def _myself(key: str) -> dict:
     """This rank, as JSON knows it; `machine` is the same where processes see each other."""
+    memory = None
+    with contextlib.suppress(OSError):
+        memory = str(progress.share(f"{key}-{dist.rank()}"))
     host, boot, namespace = _host(), Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
     machine = [host, boot.read_text() if boot.exists() else "", os.readlink(namespace) if namespace.exists() else ""]
-    return {"host": host, "machine": machine, "pid": os.getpid()}
+    return {"host": host, "machine": machine, "pid": os.getpid(), "memory": memory}
 
 
 def _host() -> str:
