@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,8 +54,6 @@ def test_what_a_killed_process_did_can_be_read():
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    from pathlib import Path
-
     path = Path(process.stdout.readline().strip())
     memory = progress.map_file(path)
     path.unlink()
