@@ -15,6 +15,8 @@ GONE, STOPPED = "gone", "stopped"
 """States of a process that does nothing more, or nothing for now."""
 GRACE_SECONDS = 5.0
 """How long the others may take to come to the same end as a rank that has failed."""
+QUIET_SECONDS = 3.0
+"""Longer than a rank that lives is silent."""
 SUSPICIOUS_SECONDS = 10.0
 """How long a rank may give no sign of life once the connection to one is known to have broken."""
 
@@ -57,23 +59,23 @@ def blame(ranks: Sequence[Seen], patience_seconds: float, everyone: bool) -> lis
     ranks = [seen for seen in ranks if seen.here]
     if any(seen.record["error"] for seen in ranks):
         patience_seconds = min(patience_seconds, SUSPICIOUS_SECONDS)
-    silent = [seen for seen in ranks if seen.silent_seconds >= patience_seconds]
-    if silent:
-        return [(seen, f"gives no sign of life for {seen.silent_seconds:.0f} s{_stopped(seen)}") for seen in silent]
-    behind = _behind(ranks, patience_seconds) if everyone else []
-    return [(seen, f"has not moved for {seen.still_seconds:.0f} s{_after(seen)}") for seen in behind]
+    guilty = [seen for seen in ranks if seen.silent_seconds >= patience_seconds]
+    if not guilty and everyone:
+        guilty = _behind(ranks, patience_seconds)
+    return [(seen, _what(seen)) for seen in guilty]
 
 
 def _has_failed(seen: Seen, patience_seconds: float) -> bool:
     return seen.record["state"] == FAILED and seen.silent_seconds >= min(GRACE_SECONDS, patience_seconds)
 
 
-def _stopped(seen: Seen) -> str:
-    return f" (its process is {seen.process})" if seen.process else ""
-
-
-def _after(seen: Seen) -> str:
-    return f", after {seen.record['error']}" if seen.record["error"] else ""
+def _what(seen: Seen) -> str:
+    if seen.silent_seconds > QUIET_SECONDS:
+        return f"gives no sign of life for {seen.silent_seconds:.0f} s" + (
+            f" (its process is {seen.process})" if seen.process else ""
+        )
+    after = f", after {seen.record['error']}" if seen.record["error"] else ""
+    return f"has not moved for {seen.still_seconds:.0f} s{after}"
 
 
 def _behind(ranks: Sequence[Seen], patience_seconds: float) -> list[Seen]:

@@ -28,14 +28,27 @@ import psutil
 
 from engine import dist, progress
 from engine.command_line import LOST_PEER
-from engine.errors import Stopped
-from engine.liveness import FAILED, GONE, GRACE_SECONDS, HERE, LEFT, STOPPED, Seen, blame, failure_of, report
+from engine.errors import RunError, Stopped
+from engine.liveness import (
+    FAILED,
+    GONE,
+    GRACE_SECONDS,
+    HERE,
+    LEFT,
+    STOPPED,
+    SUSPICIOUS_SECONDS,
+    Seen,
+    blame,
+    failure_of,
+    report,
+)
 
 if TYPE_CHECKING:
     from engine.checkpoint import Checkpoints
 
-BEAT_SECONDS = 0.25
+BEAT_SECONDS = 1.0
 POLL_SECONDS = 0.25
+ARM_SECONDS = 1.0
 AGREE_SECONDS = 2.0
 """How long a rank waits for the store's answer before it goes by what it knows."""
 LAST_DEEDS_SECONDS = 20.0
@@ -92,7 +105,7 @@ class Watchdog:
             self._place = progress.place([frame for frame, _ in traceback.walk_tb(trace)][-1])
         if error is None or isinstance(error, Stopped):
             self.say_goodbye()
-        elif LOST_PEER.search(str(error)) or self.explains_a_signal():
+        elif self._is_another_ones(error):
             self._threads[1].join()  # the rank that was lost will be found out, and that ends this process
         else:
             self._state = FAILED
@@ -122,6 +135,11 @@ class Watchdog:
         self._round_trip()
         while self._rank == 0 and self.failure is None and self._still_here(self._visible):
             time.sleep(POLL_SECONDS)
+
+    def _is_another_ones(self, error: BaseException) -> bool:
+        """Whether it only says that a rank has gone which this one was connected to."""
+        own = isinstance(error, RunError) or not isinstance(error, RuntimeError)
+        return not own and (LOST_PEER.search(str(error)) is not None or self.explains_a_signal())
 
     def explains_a_signal(self) -> bool:
         """Whether DeepSpeed's launcher has a reason to send one that is no person's: a rank of this host has ended."""
@@ -204,7 +222,7 @@ class Watchdog:
             # What this thread did not see, since the process was stopped or the machine slept, ages nobody.
             self._awake += min(now - before, 4 * POLL_SECONDS)
             before = now
-            if now - armed > BEAT_SECONDS and sys.__stderr__ is not None:
+            if now - armed > ARM_SECONDS and sys.__stderr__ is not None:
                 # If something holds Python's lock for good, no thread here runs any more: this ends the process.
                 faulthandler.dump_traceback_later(self.seconds, exit=True, file=sys.__stderr__)
                 armed = now
@@ -282,14 +300,15 @@ class Watchdog:
         os._exit(FAILED_EXIT_STATUS)
 
     def _still_here(self, ranks: Iterable[int]) -> list[int]:
-        """Which of them may still need this one."""
-        return [
-            rank
-            for rank in ranks
-            if rank != self._rank
-            and self._heard[rank][0]["state"] == HERE
-            and (rank not in self._mates or _state_of(self._mates[rank]) is None)
-        ]
+        """Which of them, as far as anybody can tell, are on their way."""
+
+        def is_on_its_way(rank: int) -> bool:
+            record, renewed = self._heard[rank]
+            heard = self._awake - renewed < min(self._patience, SUSPICIOUS_SECONDS)
+            stands = rank not in self._mates or _state_of(self._mates[rank]) is None
+            return rank != self._rank and record["state"] == HERE and heard and stands
+
+        return [rank for rank in ranks if is_on_its_way(rank)]
 
     def _last_deeds(self, failure: dict) -> None:
         if self._rank == failure["told_by"]:

@@ -67,6 +67,11 @@ def test_a_rank_without_a_sign_of_life():
     assert stopped == {1: "gives no sign of life for 31 s (its process is stopped)"}
 
 
+def test_a_link_that_is_cut_is_called_silence_on_both_sides():
+    """Just before silence itself has lasted long enough, the stillness of a rank that hung before has."""
+    assert blamed(waiting(0), seen(1, silent=29.9, still_seconds=0.2)) == {1: "gives no sign of life for 30 s"}
+
+
 def test_a_process_that_is_gone_at_once_but_not_one_that_left():
     assert blamed(seen(0), seen(1, process=GONE)) == {1: "died: its process is gone"}
     assert blamed(seen(0), seen(1, silent=99.0, process=GONE, state=LEFT)) == {}
