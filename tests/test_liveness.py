@@ -52,6 +52,10 @@ def test_all_when_all_wait_in_the_same_collective():
     assert blamed(waiting(0), waiting(1)).keys() == {0, 1}
 
 
+def test_nobody_when_the_last_one_has_just_entered():
+    assert blamed(waiting(0), waiting(1, still_seconds=1.0)) == {}
+
+
 def test_two_of_three_that_hang_at_the_same_place():
     hung = {"still_seconds": 50.0}
     assert blamed(seen(0, **hung), seen(1, **hung), seen(2)).keys() == {0, 1}
