@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from engine import checkpoint_store
-from engine.watchdog import FAILED_EXIT_STATUS, FILE
+from engine.watchdog import FAILED_EXIT_STATUS, FILE, Watchdog
 from tests import checkpoints
 from tests.test_interruption import Launched
 
@@ -58,6 +58,12 @@ def recipe(tmp_path_factory) -> Path:
         rewards=[{"function": f"{folder / 'reward.py'}:brevity"}],
         checkpoint={"every_iterations": 100},
     )
+
+
+def test_without_seconds_nobody_watches():
+    with Watchdog(None) as watchdog:
+        assert not watchdog.on and not watchdog.explains_a_signal() and watchdog.failure is None
+        watchdog.say_goodbye()
 
 
 def until_all_are_gone(recipe: Path, phase: str, level: str = "", number: signal.Signals | None = None) -> dict:
