@@ -11,7 +11,7 @@ import threading
 import time
 from pathlib import Path
 
-from engine import checkpoint_store, dist, randomness, traffic
+from engine import checkpoint_store, dist, progress, randomness, traffic
 from engine.checkpoint_store import Checkpoint
 from engine.config import Recipe
 from engine.errors import RunError
@@ -104,7 +104,7 @@ class Checkpoints:
             RunError: on every rank, when the disk takes no more and the recipe says to stop then.
         """
         start, problem = time.monotonic(), None
-        with traffic.uncounted():
+        with traffic.uncounted(), progress.phase("checkpoint"):
             checkpoint = self._checkpoint(state, hold=self.holds and not self._moving)
             if self.writes:
                 try:

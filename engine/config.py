@@ -258,6 +258,8 @@ class Recipe(Section):
     """Go on with a run: its folder or one of its checkpoints; auto: this recipe's newest, or begin one; null: begin."""
     time_limit: TimeLimit | None = None
     """Stop after so long (90s, 30m, 4h, 1d) with a checkpoint to go on from; null: no limit."""
+    watchdog_seconds: PositiveFloat | None = 1800.0
+    """A rank that is gone, or stands still: all are gone within so many seconds, with a report; null: no watchdog."""
     toyworld: str | None = None
     """Folder of the embedded toy world, built there when missing; null: not used."""
     model: ModelConfig = ModelConfig()

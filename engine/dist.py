@@ -5,19 +5,23 @@ Every function works in a plain single process too, where it is the identity.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
-from engine import traffic
+from engine import progress, traffic
 from engine.errors import RunError
+
+_NO_LIMIT = timedelta(days=7)  # in milliseconds it has to fit 32 bits
 
 
 def is_distributed() -> bool:
@@ -51,7 +55,8 @@ def all_reduce(tensor: Tensor, op: str = "sum") -> Tensor:
         return tensor.clone()
     # NCCL reduces device tensors only; a host scalar (an offloaded optimizer's norm) travels there and back.
     moved = tensor.detach().clone().to(_device())
-    dist.all_reduce(moved, getattr(dist.ReduceOp, op.upper()))
+    with progress.collective("all_reduce"):
+        dist.all_reduce(moved, getattr(dist.ReduceOp, op.upper()))
     traffic.count("reduced", moved, world_size(), passes=2)
     return moved.to(tensor.device)
 
@@ -90,6 +95,12 @@ def rendezvous() -> dist.TCPStore:
     return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))
 
 
+def wait_without_limit() -> Callable:
+    """Let collectives wait for any phase, however long; returns `new_group` that makes groups of the same kind."""
+    distributed_c10d._set_pg_timeout(_NO_LIMIT)
+    return functools.partial(dist.new_group, timeout=_NO_LIMIT)
+
+
 def broadcast_tensors(tensors: dict[str, dict[str, Tensor]] | None, source: int) -> dict[str, dict[str, Tensor]]:
     """Named tensors of rank `source`, in parts, on every rank: one message each, since all could be a whole model."""
     if not is_distributed():
@@ -114,7 +125,8 @@ def _broadcast(tensor: Tensor, source: int) -> Tensor:
     if tensor.numel() == 0:
         return tensor
     moved = tensor.contiguous().to(_device())
-    dist.broadcast(moved, source)
+    with progress.collective("broadcast"):
+        dist.broadcast(moved, source)
     traffic.count("gathered", moved, world_size())
     return moved.to(tensor.device)
 
@@ -130,7 +142,8 @@ def _gather(tensor: Tensor) -> Tensor:
     """`[world, *tensor.shape]`, from tensors of one shape."""
     whole = tensor.new_empty(world_size(), *tensor.shape)
     if tensor.numel():
-        dist.all_gather(list(whole), tensor.contiguous())
+        with progress.collective("all_gather"):
+            dist.all_gather(list(whole), tensor.contiguous())
         traffic.count("gathered", whole, world_size())
     return whole
 
@@ -150,7 +163,8 @@ def _rows_from_bytes(rows: Tensor, like: Tensor) -> Tensor:
 def barrier() -> None:
     """Wait until every rank has come here."""
     if is_distributed():
-        dist.barrier()
+        with progress.collective("barrier"):
+            dist.barrier()
 
 
 def agree(problem: str | None) -> None:

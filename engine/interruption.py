@@ -22,6 +22,7 @@ import psutil
 from engine import dist
 from engine.checkpoint import Checkpoints
 from engine.errors import Stopped
+from engine.watchdog import Watchdog
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 POLL_SECONDS = 0.2
@@ -36,9 +37,11 @@ class Interruption:
 
     Args:
         limit_seconds: how long the run may take; None: as long as it likes.
+        watchdog: what it knows of goes before signals, by which launchers tell of it, too.
     """
 
-    def __init__(self, limit_seconds: float | None = None):
+    def __init__(self, limit_seconds: float | None, watchdog: Watchdog):
+        self.watchdog = watchdog
         self.checkpoints: Checkpoints | None = None
         self.reason: str | None = None
         """Why the run must stop, once this rank knows."""
@@ -86,18 +89,20 @@ class Interruption:
             woken, _, _ = select.select([self._read], [], [], POLL_SECONDS)
             try:
                 self.reason = self.reason or self._heard() or self._tell(self._own_reason(bool(woken)))
-                if self.reason is not None and self._open:
+                if self.reason is not None and self._open and self.watchdog.failure is None:
                     self._leave_if_at_rest()
             except Exception:  # the store went with rank 0: its end is known by other ways
                 if self.reason is not None:
-                    _leave()
-                return
+                    self._leave()
+                if not self.watchdog.on:
+                    return
+                self._store = None
 
     def _own_reason(self, woken: bool) -> str | None:
         where = f"rank {dist.rank()} on {os.uname().nodename}"
         if woken:
             numbers = [number for number in os.read(self._read, 64) if number in SIGNALS]
-            if numbers:
+            if numbers and not self.watchdog.explains_a_signal():
                 return f"{signal.Signals(numbers[0]).name} to {where}"
         gone = [name for process, name in self._launchers if _has_ended(process)]
         if gone:
@@ -108,10 +113,10 @@ class Interruption:
 
     def _heard(self) -> str | None:
         key = f"{self._run}/stop"
-        return self._store.get(key).decode() if self._store.check([key]) else None
+        return self._store.get(key).decode() if self._store and self._store.check([key]) else None
 
     def _tell(self, reason: str | None) -> str | None:
-        if reason is not None:
+        if reason is not None and self._store:
             self._store.set(f"{self._run}/stop", reason)
         return reason
 
@@ -119,13 +124,13 @@ class Interruption:
         checkpoints = self.checkpoints
         if checkpoints is None:
             self._say(f"stopped while starting: {self.reason}; nothing was learned yet")
-            _leave()
+            self._leave()
         if checkpoints.writes:
             try:
                 done, name = checkpoints.write_ready()
             except OSError as error:
                 self._say(f"stopped: {self.reason}; a last checkpoint could not be written: {error}")
-                _leave(status=1)
+                self._leave(status=1)
             if not done:
                 return
             kept = f"checkpoint {name} is on the disk, go on with --resume" if name else "nothing new to keep"
@@ -138,10 +143,18 @@ class Interruption:
         others, end = dist.world_size() if dist.rank() == 0 else 0, time.monotonic() + PATIENCE_SECONDS
         while self._count("left", 0) < others and time.monotonic() < end:
             time.sleep(POLL_SECONDS / 4)
-        _leave()
+        self._leave()
 
     def _count(self, what: str, more: int = 1) -> int:
         return self._store.add(f"{self._run}/{what}", more)
+
+    def _leave(self, status: int = STOPPED_EXIT_STATUS) -> None:
+        """From this thread, whatever the main one is waiting for."""
+        self.watchdog.say_goodbye()
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
     def _say(self, message: str) -> None:
         if dist.rank() == 0:
@@ -167,11 +180,3 @@ def _has_ended(process: psutil.Process) -> bool:
         return True
     except psutil.Error:
         return False
-
-
-def _leave(status: int = STOPPED_EXIT_STATUS) -> None:
-    """From this thread, whatever the main one is waiting for."""
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from engine import dist, ppo, traffic
+from engine import dist, ppo, progress, traffic
 from engine.batch import Experience, UpdateStats
 
 Metrics = dict[str, float]
@@ -46,7 +46,8 @@ class PhaseClock:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         self.running = name, _meters()
-        yield
+        with progress.phase(name):
+            yield
         self.spent.update(self._of_running())
         self.running = None
 

@@ -17,6 +17,8 @@ from engine.identity import IN_NO_IDENTITY, changed_identity, changed_settings, 
 logger = dist.get_logger(__name__)
 
 AUTO = "auto"
+UNSAID = ("resume", "output", "name", "time_limit", "watchdog_seconds")
+"""Settings of how a run is started, which nobody is told about."""
 CUT_FILES = ("metrics.jsonl", "evaluation.jsonl", "samples.jsonl")
 """Files of lines with an `iteration`; those beyond the checkpoint's are written again."""
 
@@ -115,7 +117,7 @@ def _choose(recipe: Recipe, candidates: list[Path]) -> tuple[Path | None, dict, 
 
 def _changes(recipe: Recipe, state: dict) -> dict[str, tuple]:
     changes = changed_settings(state["recipe"], recipe.model_dump(mode="json"))
-    changes = {key: change for key, change in changes.items() if key not in ("resume", "output", "name", "time_limit")}
+    changes = {key: change for key, change in changes.items() if key not in UNSAID}
     if state["world_size"] != dist.world_size():
         changes["the number of ranks"] = state["world_size"], dist.world_size()
     return changes

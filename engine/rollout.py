@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from engine import causal, dist
+from engine import causal, dist, progress
 from engine.batch import Prompts, Rollout
 from engine.config import GenerationConfig
 from engine.kv_cache import FixedRows, MovingRows, StillRows, can_move_rows
@@ -162,6 +162,7 @@ class _Decoding:
 
     def one_pass(self) -> None:
         """One forward: of new prompts, or of one token of each live row."""
+        progress.moved()
         # A prefill is a forward, which on a GPU costs as much as a token of every row. So it waits until an eighth of
         # the slots is free: empty ones cost less than that, and nothing at all where arithmetic is the limit.
         enough = max(1, self.slots // 8) if self.continuous else self.slots

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from engine import progress
+
 received = {"gathered": 0.0, "reduced": 0.0}
 """Bytes since the process began."""
 
@@ -32,6 +34,8 @@ _COLLECTIVES = (
     ("all_reduce_coalesced", "reduced", 2, "tensors"),
     ("inference_all_reduce", "reduced", 2, "tensor"),
 )
+_UNCOUNTED = ("barrier", "monitored_barrier", "all_gather_object", "broadcast_object_list", "all_to_all")
+"""Methods that move next to nothing, or that nobody uses here; they wait for other ranks all the same."""
 
 
 def count(kind: str, whole: Tensor | Iterable[Tensor], ranks: int, passes: int = 1) -> None:
@@ -53,7 +57,10 @@ def uncounted() -> Iterator[None]:
 def watch(backend) -> None:
     """Count every collective that goes through DeepSpeed's backend object from now on: a few Python lines for each."""
     for method, kind, passes, argument in _COLLECTIVES:
-        setattr(backend, method, _counted(getattr(backend, method), kind, passes, argument, backend.get_world_size))
+        noted = progress.noted(getattr(backend, method), method)
+        setattr(backend, method, _counted(noted, kind, passes, argument, backend.get_world_size))
+    for method in _UNCOUNTED:
+        setattr(backend, method, progress.noted(getattr(backend, method), method))
 
 
 def _counted(collective: Callable, kind: str, passes: int, argument: str, group_size: Callable) -> Callable:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from engine import dist, models, reward_sources, toyworld, zero
+from engine import dist, models, progress, reward_sources, toyworld, zero
 from engine.advantages import KLController, RunningMoments, ScoreCombiner, make_experience
 from engine.batch import Experience, Prompts, Rollout, map_rows, take_rows
 from engine.checkpoint import Checkpoints, restore
@@ -43,6 +43,7 @@ from engine.run_folder import RunFolder
 from engine.run_state import Begun, RunState
 from engine.stopping import Stops, check_vocabulary
 from engine.update import update
+from engine.watchdog import Watchdog
 
 logger = dist.get_logger(__name__)
 
@@ -60,19 +61,22 @@ def train(recipe: Recipe) -> Path:
         FloatingPointError: the loss or a gradient stopped being finite.
     """
     check_files(recipe, built=not recipe.toyworld)
-    zero.start()
-    if recipe.toyworld:
-        toyworld.prepare(recipe.toyworld)  # all ranks build it together
-        check_files(recipe)
-    resumed = find(recipe)
-    torch.manual_seed(recipe.seed)
-    interruption = Interruption(seconds_of(recipe.time_limit) if recipe.time_limit else None)
+    zero.start(watched=recipe.watchdog_seconds is not None)
+    watchdog = Watchdog(recipe.watchdog_seconds)
+    interruption = Interruption(seconds_of(recipe.time_limit) if recipe.time_limit else None, watchdog)
     try:
-        trainer = Trainer(recipe, resumed)
-        try:
-            trainer.run(interruption)
-        finally:
-            trainer.close()
+        with watchdog:
+            if recipe.toyworld:
+                toyworld.prepare(recipe.toyworld)  # all ranks build it together
+                check_files(recipe)
+            resumed = find(recipe)
+            torch.manual_seed(recipe.seed)
+            with progress.phase("loading"):
+                trainer = Trainer(recipe, resumed)
+            try:
+                trainer.run(interruption)
+            finally:
+                trainer.close()
     finally:
         interruption.close()
     return trainer.folder.path
@@ -118,6 +122,7 @@ class Trainer:
     def run(self, interruption: Interruption) -> None:
         """All iterations that are left, then the final adapters and the report."""
         self.interruption, interruption.checkpoints = interruption, self.checkpoints
+        interruption.watchdog.checkpoints = self.checkpoints
         for warning in warnings_of(self.recipe):
             logger.warning("note: %s", warning)
         last = self.recipe.iterations
@@ -127,7 +132,7 @@ class Trainer:
         base = dist.all_gather_objects(self.engine.frozen_hash())
         before = self._look(0) if self.is_new else self.folder.first_look()
         after = None
-        with progress_bar("PPO", last, self.state.iteration) as advance:
+        with progress_bar("PPO", last, self.state.iteration) as advance, progress.phase("between phases"):
             for iteration in range(self.state.iteration, last):
                 metrics = self.iterate(self.state.begun or Begun(iteration))
                 self.sinks.write(iteration + 1, metrics)
@@ -138,7 +143,8 @@ class Trainer:
                 self.checkpoints.at_rest(self.state)
                 looked = after.metrics if after else {}
                 self.checkpoints.after_iteration(self.state, metrics | looked, last=iteration + 1 == last)
-        self._finish(base, before, after or self.folder.last_look())
+        with progress.phase("export"):
+            self._finish(base, before, after or self.folder.last_look())
 
     def _keep(self, iteration: int, begun: Begun | None = None) -> None:
         """The state between two iterations: `iteration` are complete."""
@@ -148,6 +154,7 @@ class Trainer:
     def iterate(self, begun: Begun) -> dict[str, float]:
         """One iteration of PPO, or what is left of it; returns its metrics."""
         recipe, iteration, clock = self.recipe, begun.iteration, PhaseClock(begun.spent)
+        progress.begin_iteration(iteration + 1)
         self._keep(iteration, begun)  # before the statistics of scores take this iteration in
 
         def phase_is_done() -> None:
@@ -235,7 +242,8 @@ class Trainer:
         due = iteration in (0, last) or (every and iteration % every == 0)
         if self.heldout is None or not due:
             return None
-        look = self.heldout.look(self.engine, self.sources)
+        with progress.phase("evaluation"):
+            look = self.heldout.look(self.engine, self.sources)
         logger.info("held-out  %s", "  ".join(f"{n.removeprefix('eval/')} {v:.3f}" for n, v in look.metrics.items()))
         if dist.rank() == 0:
             append_jsonl(self.folder.path / "evaluation.jsonl", [{"iteration": iteration, **look.metrics}])

@@ -23,7 +23,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
-from engine import causal, device_memory, dist, onednn, optimizer_state, traffic
+from engine import causal, device_memory, dist, onednn, optimizer_state, progress, traffic
 from engine.errors import RecipeError
 from engine.fetching import FetchOrders, PhaseWeights, decoder_layers, kind_of, prefetch_elements
 from engine.role_config import OptimizerSettings
@@ -32,8 +32,12 @@ from engine.role_steps import RoleSteps
 logger = dist.get_logger(__name__)
 
 
-def start() -> None:
-    """Join the process group that the launcher described, or make one of a single rank; quiet DeepSpeed's chatter."""
+def start(watched: bool = False) -> None:
+    """Join the process group that the launcher described, or make one of a single rank; quiet DeepSpeed's chatter.
+
+    Args:
+        watched: a watchdog tells a rank that hangs from one that takes long, so collectives may wait for either.
+    """
     deepspeed_logger.setLevel("ERROR")
     if dist.is_distributed():
         return
@@ -50,6 +54,8 @@ def start() -> None:
         deepspeed.init_distributed(verbose=False)
     _unname_shared_memory()
     traffic.watch(deepspeed.comm.comm.cdb)
+    if watched:
+        deepspeed.comm.comm.cdb.new_group = dist.wait_without_limit()
 
 
 def _unname_shared_memory() -> None:
@@ -145,6 +151,7 @@ class TrainedEngine:
         return FetchOrders(offload)
 
     def __call__(self, *args, **kwargs):
+        progress.moved()
         if self.fetch_orders is not None:
             self.fetch_orders.expect(kind_of(*args, **kwargs))
         # DeepSpeed gathers these where its hooks meet them, and after a step that wasn't passed over: fused layers need
@@ -164,6 +171,7 @@ class TrainedEngine:
         Call it once per micro-batch with the joint loss of all roles: under ZeRO-3 the first backward after a step
         overwrites gradients and later ones add, so a role that the first one missed would keep stale gradients.
         """
+        progress.moved()
         self.engine.set_gradient_accumulation_boundary(last)
         if self.scales_loss and self.stage == 0:
             loss = loss * self._loss_scale()  # DeepSpeed scales it under ZeRO alone, and unscales always
@@ -257,6 +265,7 @@ class FrozenEngine:
 
     @torch.no_grad()
     def __call__(self, *args, **kwargs):
+        progress.moved()
         return self.engine(*args, **kwargs)
 
     def close(self) -> None:

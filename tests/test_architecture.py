@@ -10,9 +10,9 @@ import pytest
 from engine.config import REPOSITORY
 
 LAYERS = [
-    {"errors", "combinations", "device_memory", "section", "traffic", "fetching", "onednn", "attention"}
-    | {"checkpoint_store"},
-    {"checkpoint_config", "role_config"},
+    {"errors", "combinations", "device_memory", "section", "progress", "fetching", "onednn", "attention"}
+    | {"checkpoint_store", "liveness"},
+    {"checkpoint_config", "role_config", "traffic"},
     {"ppo", "batch", "causal", "config", "dist", "randomness", "stories", "reward_text", "stopping", "workloads"},
     {"role_steps", "optimizer_state", "sharded_loading", "identity", "run_state"},
     {"zero", "ds_config", "plugins", "command_line", "console", "minibatches", "models", "prompts", "metrics"}
@@ -22,7 +22,7 @@ LAYERS = [
     {"weight_groups"},
     {"replica", "model_checks"},
     {"hybrid_engine", "checks", "logprob_memory"},
-    {"checkpoint", "export", "reward_sources"},
+    {"checkpoint", "export", "reward_sources", "watchdog"},
     {"rollout", "evaluation", "advantages", "update", "supervised", "resume", "interruption"},
     {"heldout", "toyworld"},
     {"report", "benchmark_report", "run_folder"},
