@@ -72,6 +72,7 @@ class HybridEngine:
         self.schedules = {role: Schedule(settings[role], steps * learning[role]) for role in settings}
         self.role_steps = dict.fromkeys(settings, 0)
         self.learning_rate_factor = 1.0
+        """On the rates of all schedules: what roll-backs have made of them."""
         self.replica = Replica(roles)
         self.engine = _trained(roles, (ACTOR, CRITIC) if critic is None else (ACTOR,), recipe)
         if fused_lora.is_fused(roles):
@@ -267,11 +268,10 @@ class HybridEngine:
 
     def learning_rates(self, frozen: frozenset[str] = frozenset()) -> dict[str, float]:
         """Each role's rate at the next optimizer step."""
-        factor = self.learning_rate_factor
-        return {
-            role: 0.0 if role in frozen else factor * self.schedules[role].rate(step)
-            for role, step in self.role_steps.items()
+        rates = {
+            role: 0.0 if role in frozen else self.schedules[role].rate(step) for role, step in self.role_steps.items()
         }
+        return {role: rate * self.learning_rate_factor for role, rate in rates.items()}
 
     def capture(self) -> tuple[dict[str, dict[str, Tensor]], dict]:
         """All that training has made: by role its masters and moments, whole, and counts beside them; a collective."""

@@ -1409,8 +1409,8 @@ MUTANTS += [
     ranks(
         "own-critic-keeps-gradients",
         "hybrid_engine",
-        "self.critic_engine.discard()",
-        "pass",
+        "            self.critic_engine.discard()\n\n",
+        "            pass\n\n",
         "gradients of a minibatch that the KL stop passed over reach a critic of its own",
         f"{KL_STOP}[model-zero0]",
     ),
@@ -1790,7 +1790,7 @@ MUTANTS += [
         ("tests/test_divergence.py::test_back_from_a_failure_an_engine_is_as_good_as_new",),
     ),
     Mutant(
-        "own-critic-keeps-gradients",
+        "own-critic-keeps-gradients-of-a-failure",
         "engine/hybrid_engine.py",
         "                self.critic_engine.discard()\n                raise",
         "                raise",
