@@ -1,7 +1,8 @@
 """When a run's checkpoints are written, what is in them, and how an engine takes one up again.
 
 Whole iterations are named 000008 (8 are complete); inside the ninth there may be 000008.1-generation,
-000008.2-inference and 000008.3-training-0002 (2 of its minibatches are learned): names sort by time.
+000008.2-inference and 000008.3-training-0002 (2 of its minibatches are learned): names sort by time. Before these,
+000008.0-rolled-back-01 is where a run goes on that diverged and went back to 000008.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ logger = dist.get_logger(__name__)
 VERSION = 1
 FOLDER = "checkpoints"
 _PHASES = {"generation": "1-generation", "inference": "2-inference", "training": "3-training"}
+_ROLLED_BACK = "0-rolled-back"
 
 
 class Checkpoints:
@@ -97,6 +99,12 @@ class Checkpoints:
         if self.settings.mid_phase or asked:
             self.write(state, name_of(state))
 
+    def rolled_back(self, state: RunState) -> None:
+        """Write the state from which a run goes on that went back: beside the checkpoint that it went back to."""
+        self.write(state, f"{state.iteration:06d}.{_ROLLED_BACK}-{state.roll_backs:02d}")
+        with self._lock:
+            self._ready, self._moving = None, False  # nothing newer is there to be kept
+
     def write(self, state: RunState, name: str) -> None:
         """Write a checkpoint and delete those that are no longer wanted.
 
@@ -142,9 +150,10 @@ class Checkpoints:
     def _kept(self, state: RunState) -> set[str]:
         """The last whole ones, the best one, and of those inside an iteration two, if nothing whole is newer.
 
-        They are the newest, and the newest from which the iteration could start again, when that is another.
+        They are the newest, and the newest from which the iteration could start again, when that is another. What sorts
+        behind the one just written belongs to a course that was left.
         """
-        names = [path.name for path in checkpoint_store.finished(self.folder)]
+        names = [path.name for path in checkpoint_store.finished(self.folder) if path.name <= self.newest]
         whole = [name for name in names if "." not in name]
         inside = [name for name in names if "." in name and name > max(whole, default="")]
         kept = {*whole[: self.settings.keep_last], *inside[:1], *[n for n in inside if not has_moved(n)][:1]}
@@ -190,7 +199,7 @@ def restore(engine: HybridEngine, path: Path | None, source: int, same_course: b
     values = dist.broadcast_object(read.state if read is not None else None, source)
     tensors = dist.broadcast_tensors(read.tensors if read is not None else None, source)
     engine.restore({role: tensors[role] for role in engine.role_steps}, values["engine"])
-    state = RunState(values["iteration"], values["kl_coef"], values["moments"], values["best"])
+    state = RunState(**{name: values[name] for name in _values(RunState()) if name in values})  # older ones hold less
     if same_course:
         randomness.restore_global_state(values["random"][dist.rank()])
         if "begun" in values:

@@ -24,6 +24,7 @@ def problems_of(recipe: Recipe) -> list[str]:
         *_numbers(recipe),
         *_generation(recipe),
         *_memory(recipe),
+        *_failures(recipe),
     ]
 
 
@@ -261,3 +262,26 @@ def _memory(recipe: Recipe) -> list[str]:
             "with zero.activation_checkpointing false; set the second to true, or the first to false"
         ]
     return []
+
+
+def _failures(recipe: Recipe) -> list[str]:
+    failures, checkpoint, kl, problems = recipe.failures, recipe.checkpoint, recipe.kl, []
+    if failures.kl_abort is not None and kl.target is not None and failures.kl_abort <= kl.target:
+        problems.append(
+            f"failures.kl_abort must lie above the KL that the controller steers to, got {failures.kl_abort:g} with "
+            f"kl.target {kl.target:g}; raise the first or lower the second"
+        )
+    if failures.on_divergence != "roll_back":
+        return problems
+    if not checkpoint.every_iterations and not checkpoint.every_minutes:
+        problems.append(
+            "failures.on_divergence roll_back goes back to a checkpoint, got checkpoint.every_iterations 0 with "
+            "checkpoint.every_minutes 0; set one of them, or failures.on_divergence to stop"
+        )
+    if checkpoint.keep_last < 2:
+        problems.append(
+            "failures.on_divergence roll_back needs the checkpoint before the last, whose weights may be those that "
+            f"diverged, got checkpoint.keep_last {checkpoint.keep_last}; set it to 2 or more, or "
+            "failures.on_divergence to stop"
+        )
+    return problems

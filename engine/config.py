@@ -20,6 +20,7 @@ from pydantic import (
 
 from engine import combinations
 from engine.checkpoint_config import CheckpointConfig, TimeLimit
+from engine.failure_config import FailureConfig
 from engine.role_config import ActorConfig, CriticConfig, ModelConfig, ReferenceConfig
 from engine.section import Section
 
@@ -276,6 +277,7 @@ class Recipe(Section):
     zero: ZeroConfig = ZeroConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    failures: FailureConfig = FailureConfig()
 
     @model_validator(mode="after")
     def _sections_agree(self):

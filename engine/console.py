@@ -42,10 +42,10 @@ def quiet_imports() -> Iterator[None]:
 
 
 @contextmanager
-def progress_bar(label: str, total: int, completed: int = 0) -> Iterator[Callable[[str], None]]:
-    """A bar with the time left, on rank 0; the function that it gives advances it and sets its note."""
+def progress_bar(label: str, total: int, completed: int = 0) -> Iterator[Callable[..., None]]:
+    """A bar with the time left, on rank 0; the function that it gives moves it (by one) and sets its note."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     columns += (TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
     with Progress(*columns, console=CONSOLE, disable=dist.rank() != 0) as progress:
         task = progress.add_task(label, total=total, completed=completed, note="")
-        yield lambda note="": progress.update(task, advance=1, note=note)
+        yield lambda note="", by=1: progress.update(task, advance=by, note=note)

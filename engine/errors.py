@@ -15,6 +15,10 @@ class RunError(RuntimeError):
     """A run can't go on, and the message says all there is to know; every rank raises the same."""
 
 
+class Diverged(RunError):
+    """Training has gone where it may not go on, in numbers that are finite."""
+
+
 class Stopped(Exception):
     """The run was asked to stop, and what there was to save is on the disk.
 

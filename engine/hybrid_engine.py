@@ -72,6 +72,8 @@ class HybridEngine:
         learning = {ACTOR: recipe.iterations - recipe.critic.warmup_iterations, CRITIC: recipe.iterations}
         self.schedules = {role: Schedule(settings[role], steps * learning[role]) for role in settings}
         self.role_steps = dict.fromkeys(settings, 0)
+        self.learning_rate_factor = 1.0
+        """On the rates of all schedules: what roll-backs have made of them."""
         self.replica = Replica(roles)
         self.engine = _trained(roles, (ACTOR, CRITIC) if critic is None else (ACTOR,), recipe)
         if fused_lora.is_fused(roles):
@@ -255,12 +257,19 @@ class HybridEngine:
 
         Args:
             frozen: roles that stand still: learning rate 0, and their schedule waits.
+
+        Raises:
+            FloatingPointError: a gradient is not finite; no gradient of the minibatch is left.
         """
         rates = self.learning_rates(frozen)
         if self.critic is None:
             norms = self.engine.step(rates, frozen)
         else:
-            norms = self.engine.step({ACTOR: rates[ACTOR]}, frozen)
+            try:
+                norms = self.engine.step({ACTOR: rates[ACTOR]}, frozen)
+            except FloatingPointError:
+                self.critic_engine.discard()
+                raise
             norms |= self.critic_engine.step({CRITIC: rates[CRITIC]}, frozen)
         for role in norms:
             self.role_steps[role] += role not in frozen
@@ -274,9 +283,10 @@ class HybridEngine:
 
     def learning_rates(self, frozen: frozenset[str] = frozenset()) -> dict[str, float]:
         """Each role's rate at the next optimizer step."""
-        return {
+        rates = {
             role: 0.0 if role in frozen else self.schedules[role].rate(step) for role, step in self.role_steps.items()
         }
+        return {role: rate * self.learning_rate_factor for role, rate in rates.items()}
 
     def capture(self) -> tuple[dict[str, dict[str, Tensor]], dict]:
         """All that training has made: by role its masters and moments, whole, and counts beside them; a collective."""

@@ -13,14 +13,8 @@ from engine.config import Recipe, RewardConfig, locate
 ENDS_BYTES = 2**24
 TOKENIZER = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template", "spiece")
 IN_NO_IDENTITY = (
-    "name",
-    "output",
-    "resume",
-    "time_limit",
-    "watchdog_seconds",
-    "checkpoint",
-    "evaluation",
-    "iterations",
+    *("name", "output", "resume", "time_limit", "watchdog_seconds"),
+    *("checkpoint", "failures", "evaluation", "iterations"),
 )
 """Settings that may change without the slightest effect on the iteration that has begun."""
 

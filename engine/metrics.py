@@ -146,8 +146,8 @@ class MetricSinks:
 
     def __init__(self, folder: Path, iterations: int = 0):
         self.folder = folder
-        # TensorBoard drops what a process that was stopped had written beyond these iterations.
-        where = {"log_dir": str(folder / "tensorboard"), "purge_step": iterations + 1 if iterations else None}
+        # TensorBoard drops what was written beyond these iterations before the run was stopped, or went back.
+        where = {"log_dir": str(folder / "tensorboard"), "purge_step": iterations + 1}
         self.writer = SummaryWriter(**where) if dist.rank() == 0 else None
 
     def write(self, iteration: int, metrics: Metrics) -> None:
@@ -156,9 +156,7 @@ class MetricSinks:
         Raises:
             FloatingPointError: a metric is not finite; on every rank, since every rank holds the same sums.
         """
-        wrong = {name: value for name, value in metrics.items() if not math.isfinite(value)}
-        if wrong:
-            raise FloatingPointError(f"metrics of iteration {iteration} are not finite: {wrong}")
+        check_finite(metrics, f"metrics of iteration {iteration}")
         if self.writer is None:
             return
         append_jsonl(self.folder / "metrics.jsonl", [{"iteration": iteration, **metrics}])
@@ -168,6 +166,13 @@ class MetricSinks:
     def close(self) -> None:
         if self.writer is not None:
             self.writer.close()
+
+
+def check_finite(metrics: Metrics, what: str) -> None:
+    """Raise FloatingPointError that names the metrics that are not finite, if any is."""
+    wrong = {name: value for name, value in metrics.items() if not math.isfinite(value)}
+    if wrong:
+        raise FloatingPointError(f"{what} are not finite: {wrong}")
 
 
 def append_jsonl(path: Path, rows: list[dict]) -> None:

@@ -6,7 +6,8 @@ sizes at stage 3 that the ranks don't divide, and skip stage 0; so the pieces ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -145,6 +146,20 @@ def restore_loss_scale(wrapper, numbers: Mapping[str, float]) -> None:
     """Put back what `loss_scale` gave."""
     for name, number in numbers.items():
         setattr(_scaler(wrapper), name, number)
+
+
+@contextmanager
+def any_overflow(wrapper) -> Iterator[None]:
+    """Inside, DeepSpeed drops gradients that overflow at the smallest loss scale, too, where it would raise first."""
+    scaler = _scaler(wrapper)
+    raises = getattr(scaler, "raise_error_at_min_scale", None)
+    if raises:
+        scaler.raise_error_at_min_scale = False
+    try:
+        yield
+    finally:
+        if raises:
+            scaler.raise_error_at_min_scale = True
 
 
 def _scaler(wrapper):

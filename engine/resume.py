@@ -134,17 +134,20 @@ def _newest_run(recipe: Recipe) -> Path | None:
     return max(runs, key=lambda path: path.name, default=None)
 
 
-def rewind(resumed: Resumed) -> None:
+def rewind(resumed: Resumed, mark: str = "") -> None:
     """Cut the run's files back to the checkpoint, so that they go on without a gap or a line twice (rank 0).
 
     A line that a kill cut off goes too. What a person leaves behind by naming an older checkpoint is not thrown away:
     newer checkpoints, final weights and whole copies of the files move to `superseded/`.
+
+    Args:
+        mark: ends the name of what a roll-back leaves behind there, be there newer checkpoints or not.
     """
     run, name = resumed.run, resumed.checkpoint.name if resumed.checkpoint else ""
     newer = [path for path in checkpoint_store.finished(run / FOLDER) if path.name > name]
     kept = [path for path in [*newer, run / "final"] if path.exists() and "." not in path.name]
-    aside = run / "superseded" / f"{datetime.now():%Y%m%d-%H%M%S}"
-    if kept:
+    aside = run / "superseded" / f"{datetime.now():%Y%m%d-%H%M%S}{mark}"
+    if kept or mark:
         aside.mkdir(parents=True)
     for path in {*newer, *kept}:
         if path in kept:
@@ -154,7 +157,7 @@ def rewind(resumed: Resumed) -> None:
     for file in (run / name for name in CUT_FILES):
         if not file.exists():
             continue
-        if kept:
+        if kept or mark:
             shutil.copy2(file, aside / file.name)
         lines = [line for line in file.read_text().splitlines(keepends=True) if _belongs(line, resumed.iteration)]
         cut = file.with_name(f".{file.name}")

@@ -27,6 +27,7 @@ class RoleSteps:
     """Factor on every gradient: DeepSpeed may have unscaled it by another scale than the loss had."""
     norms: dict[str, float] = field(default_factory=dict)
     skip: bool = False
+    """Nothing is stepped; a norm that is not finite sets it, for that role and those behind it."""
     frozen: frozenset[str] = frozenset()
     _hidden: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
@@ -38,20 +39,21 @@ class RoleSteps:
     def _before(self, optimizer, args, kwargs) -> None:
         for group in optimizer.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
-            if self.skip:
-                # The optimizer passes over a parameter without a gradient: neither weight nor moment moves,
-                # and DeepSpeed's own bookkeeping (buffers, micro-step counter) still runs its course.
-                self._hidden += [(p, p.grad) for p in parameters]
-                for parameter in parameters:
-                    parameter.grad = None
-            elif parameters:
+            if parameters and not self.skip:
                 if self.correction is not None:
                     for parameter in parameters:
                         parameter.grad.mul_(self.correction())
-                self.norms[group["role"]] = self._clip(parameters, group["gradient_clipping"])
+                norm = self.norms[group["role"]] = self._clip(parameters, group["gradient_clipping"])
+                self.skip = not math.isfinite(norm)
                 if group["role"] in self.frozen:
                     for parameter in parameters:
                         parameter.grad.zero_()  # Adam's moments stay 0 (on the trunk the value loss reaches the actor)
+        if self.skip:
+            # The optimizer passes over a parameter without a gradient: neither weight nor moment moves,
+            # and DeepSpeed's own bookkeeping (buffers, micro-step counter) still runs its course.
+            for parameter in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
+                self._hidden.append((parameter, parameter.grad))
+                parameter.grad = None
 
     def _after(self, optimizer, args, kwargs) -> None:
         for group in optimizer.param_groups:
@@ -68,8 +70,6 @@ class RoleSteps:
         if self.partitioned:
             square = dist.all_reduce(square)
         norm = math.sqrt(square.item())
-        if not math.isfinite(norm):  # the same number on every rank: all stop, before this role is stepped
-            raise FloatingPointError(f"a gradient is not finite: its norm is {norm}")
         if limit and norm > limit:
             for parameter in parameters:
                 parameter.grad.mul_(limit / norm)

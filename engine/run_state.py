@@ -66,4 +66,10 @@ class RunState:
     """Of the running normalisation of each reward source. None: nothing was seen."""
     best: dict | None = None
     """Value and name of the checkpoint that `checkpoint.keep_best` keeps."""
+    roll_backs: int = 0
+    """How often training diverged and went back."""
+    prompt_shift: int = 0
+    """Iterations whose prompts were skipped by that: an iteration learns from those of `iteration + prompt_shift`."""
+    learning_rate_factor: float = 1.0
+    """What that has made of both roles' learning rates."""
     begun: Begun | None = None

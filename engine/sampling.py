@@ -43,6 +43,7 @@ def sample(
     else:
         cdf = _weights(scaled, settings.top_k, settings.top_p).cumsum(-1)
         tokens = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True).squeeze(-1)
+        tokens.clamp_(max=cdf.shape[-1] - 1)  # nan points behind the last one: found by its log-prob, not by a crash
     return tokens, scaled.gather(-1, tokens[:, None]).squeeze(-1) - normaliser
 
 

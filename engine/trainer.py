@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -11,11 +11,12 @@ import torch
 from engine import dist, models, progress, reward_sources, toyworld, zero
 from engine.advantages import KLController, RunningMoments, ScoreCombiner, make_experience
 from engine.batch import Experience, Prompts, Rollout, map_rows, take_rows
-from engine.checkpoint import Checkpoints, restore
+from engine.checkpoint import Checkpoints, name_of, restore
 from engine.checkpoint_config import seconds_of
 from engine.checks import check_files, warnings_of
 from engine.config import Recipe
 from engine.console import progress_bar
+from engine.divergence import DIVERGENCE, go_back, sound_evaluation, sound_rollout
 from engine.errors import RecipeError
 from engine.evaluation import evaluate, score
 from engine.export import export_final
@@ -26,6 +27,7 @@ from engine.metrics import (
     MetricSinks,
     PhaseClock,
     append_jsonl,
+    check_finite,
     console_line,
     memory_metrics,
     padding_fraction,
@@ -58,7 +60,7 @@ def train(recipe: Recipe) -> Path:
         RecipeError: the recipe can't be run as it is, or can't go on with the run that it names.
         Stopped: it was asked to, and what there was to keep is on the disk.
         RunError: a reward function, a judge or the run's folder failed.
-        FloatingPointError: the loss or a gradient stopped being finite.
+        FloatingPointError, Diverged: training diverged, and the recipe says to stop then.
     """
     check_files(recipe, built=not recipe.toyworld)
     zero.start(watched=recipe.watchdog_seconds is not None)
@@ -108,16 +110,18 @@ class Trainer:
         self.interruption: Interruption | None = None
         self.state = RunState()
         if resumed is not None and resumed.checkpoint is not None:
-            self._take_up(resumed)
+            self._take_up(restore(self.engine, resumed.checkpoint, resumed.source, resumed.same_course))
         self.folder = RunFolder.claim(recipe, self.engine.ds_config, resumed)
         self.is_new = resumed is None or resumed.iteration < 0
         self.checkpoints = Checkpoints(recipe, self.folder.path, self.engine, self.folder.writes)
         self.sinks = MetricSinks(self.folder.path, self.state.iteration)
 
-    def _take_up(self, resumed: Resumed) -> None:
-        self.state = restore(self.engine, resumed.checkpoint, resumed.source, resumed.same_course)
+    def _take_up(self, state: RunState) -> None:
+        """Go on from a state that a checkpoint kept; the engine has its weights already."""
+        self.state = state
         self.kl.kl_coef = self.state.kl_coef
         self.combiner.moments = [RunningMoments(**moments) for moments in self.state.moments]
+        self.engine.learning_rate_factor = self.state.learning_rate_factor
 
     def run(self, interruption: Interruption) -> None:
         """All iterations that are left, then the final adapters and the report."""
@@ -131,14 +135,22 @@ class Trainer:
             return
         base = dist.all_gather_objects(self.engine.frozen_hash())
         before = self._look(0) if self.is_new else self.folder.first_look()
+        if self.is_new and self.recipe.failures.on_divergence == "roll_back":
+            self._keep(0)
+            self.checkpoints.write(self.state, name_of(self.state))  # to go back to before there is another
         after = None
         with progress_bar("PPO", last, self.state.iteration) as advance, progress.phase("between phases"):
-            for iteration in range(self.state.iteration, last):
-                metrics = self.iterate(self.state.begun or Begun(iteration))
-                self.sinks.write(iteration + 1, metrics)
-                logger.info(console_line(iteration + 1, last, metrics))
+            while (iteration := self.state.iteration) < last:
+                try:
+                    metrics = self.iterate(self.state.begun or Begun(iteration))
+                    self.sinks.write(iteration + 1, metrics)
+                    logger.info(console_line(iteration + 1, last, metrics))
+                    after = self._look(iteration + 1)
+                except DIVERGENCE as error:
+                    self._go_back(error)
+                    advance("rolled back", by=self.state.iteration - iteration)
+                    continue
                 advance(f"score {metrics['score/mean']:+.3f}")
-                after = self._look(iteration + 1)
                 self._keep(iteration + 1)
                 self.checkpoints.at_rest(self.state)
                 looked = after.metrics if after else {}
@@ -149,7 +161,14 @@ class Trainer:
     def _keep(self, iteration: int, begun: Begun | None = None) -> None:
         """The state between two iterations: `iteration` are complete."""
         moments = [asdict(moments) for moments in self.combiner.moments]
-        self.state = RunState(iteration, self.kl.kl_coef, moments, self.state.best, begun)
+        self.state = replace(self.state, iteration=iteration, kl_coef=self.kl.kl_coef, moments=moments, begun=begun)
+
+    def _go_back(self, error: Exception) -> None:
+        """To the last good checkpoint, as often as the recipe allows; the files go on from there, too."""
+        state = go_back(error, self.recipe, self.state, self.engine, self.checkpoints, self.folder)
+        self._take_up(state)
+        self.sinks.close()
+        self.sinks = MetricSinks(self.folder.path, state.iteration)
 
     def iterate(self, begun: Begun) -> dict[str, float]:
         """One iteration of PPO, or what is left of it; returns its metrics."""
@@ -168,17 +187,18 @@ class Trainer:
             if stop:
                 self.interruption.stop()
 
-        prompts = self.prompts.batch(iteration, dist.rank(), dist.world_size())
+        prompts = self.prompts.batch(iteration + self.state.prompt_shift, dist.rank(), dist.world_size())
         if begun.rollout is None:
             with clock.phase("generation"):
-                begun.rollout = self._generate(prompts)
+                begun.rollout = sound_rollout(self._generate(prompts), iteration)
             phase_is_done()
         mine = take_rows(begun.rollout, share(len(begun.rollout), dist.rank(), dist.world_size()))
         texts = Texts.of(prompts, mine, self.tokenizer, recipe.generation.stop_strings)
         if begun.evaluation is None:
             with clock.phase("inference"), self.engine.inference():
                 scores = score(self.sources, mine, texts)
-                begun.evaluation = evaluate(self.engine, begun.rollout, scores, recipe)
+                found = evaluate(self.engine, begun.rollout, scores, recipe)
+                begun.evaluation = sound_evaluation(found, iteration, recipe.failures.kl_abort)
             phase_is_done()
         rollout, evaluation, stats = begun.rollout, begun.evaluation, begun.stats
         self.checkpoints.moving()
@@ -197,6 +217,7 @@ class Trainer:
             "padding/fraction": padding_fraction(experience, stats),
             "data/prompts_dropped": self.prompt_set.dropped,
             "data/prompts_truncated": self.prompt_set.truncated,
+            "failures/roll_backs": self.state.roll_backs,
         }
         self.kl.update(metrics["kl/k1_sequence_mean"], len(rollout))
         self._keep_samples(iteration, prompts, texts, experience)
@@ -244,6 +265,7 @@ class Trainer:
             return None
         with progress.phase("evaluation"):
             look = self.heldout.look(self.engine, self.sources)
+        check_finite(look.metrics, f"held-out metrics after {iteration} iterations")
         logger.info("held-out  %s", "  ".join(f"{n.removeprefix('eval/')} {v:.3f}" for n, v in look.metrics.items()))
         if dist.rank() == 0:
             append_jsonl(self.folder.path / "evaluation.jsonl", [{"iteration": iteration, **look.metrics}])

@@ -52,7 +52,8 @@ def update(
         after_step: called after every optimizer step, when `stats` and weights belong together.
 
     Raises:
-        FloatingPointError: the loss or a gradient is not finite; raised on every rank before the optimizer steps.
+        FloatingPointError: the loss or a gradient is not finite; raised on every rank before the optimizer steps,
+            and no gradient of the minibatch is left.
     """
     common = _Update(engine, experience, recipe, kl_coef, frozen)
     stats = UpdateStats() if stats is None else stats
@@ -70,6 +71,7 @@ def update(
         where = f"iteration {iteration + 1}, minibatch {index + 1}"
         deviation = minibatch.pop("policy/ratio_deviation_max")  # a maximum: not for the sums
         if not all(map(math.isfinite, minibatch.values())):
+            engine.discard()
             raise FloatingPointError(
                 f"{where}: the loss or its statistics are not finite, and nothing was stepped ({dict(minibatch)}); a "
                 "lower learning rate, score clipping or float32 usually help"

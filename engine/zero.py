@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import math
 import os
 import socket
 from collections.abc import Iterable, Iterator, Mapping
@@ -189,7 +190,7 @@ class TrainedEngine:
             frozen: roles that stand still, Adam's state included.
 
         Raises:
-            FloatingPointError: a gradient is not finite (DeepSpeed would pass over the step in silence).
+            FloatingPointError: a gradient is not finite (DeepSpeed would pass over the step in silence); it is dropped.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rates[group["role"]]
@@ -203,8 +204,13 @@ class TrainedEngine:
         except Exception as error:  # DeepSpeed has no type of its own for this
             if not self.scales_loss or "minimum" not in str(error):
                 raise
+            self.discard()
             raise FloatingPointError(f"float16 gradients overflow at the smallest loss scale: {error}") from error
+        finally:
+            self.steps.skip = False
         norms = dict(self.steps.norms)
+        if not all(map(math.isfinite, norms.values())):  # the same numbers on every rank
+            raise FloatingPointError(f"a gradient is not finite: its norm is {norms}")
         if self.scales_loss and not norms:
             return {}
         if set(norms) != set(learning_rates):
@@ -219,7 +225,8 @@ class TrainedEngine:
         """Forget the gradients of the minibatch: weights, moments and step counts stay as they are."""
         self.steps.skip = True
         try:
-            self.engine.step()
+            with optimizer_state.any_overflow(self.engine.optimizer):
+                self.engine.step()
         finally:
             self.steps.skip = False
 

@@ -12,7 +12,7 @@ from engine.config import REPOSITORY
 LAYERS = [
     {"errors", "combinations", "device_memory", "section", "progress", "fetching", "onednn", "attention"}
     | {"checkpoint_store", "liveness"},
-    {"checkpoint_config", "role_config", "traffic"},
+    {"checkpoint_config", "role_config", "failure_config", "traffic"},
     {"ppo", "batch", "causal", "config", "dist", "randomness", "stories", "reward_text", "stopping", "workloads"},
     {"role_steps", "optimizer_state", "sharded_loading", "identity", "run_state"},
     {"zero", "ds_config", "plugins", "command_line", "console", "minibatches", "models", "prompts", "metrics"}
@@ -26,13 +26,14 @@ LAYERS = [
     {"rollout", "evaluation", "advantages", "update", "supervised", "resume", "interruption"},
     {"heldout", "toyworld"},
     {"report", "benchmark_report", "run_folder"},
+    {"divergence"},
     {"trainer"},
     {"benchmark"},
 ]
 """DESIGN.md section 4 from the bottom up: a module imports from layers strictly below its own."""
 
 LIGHT = ["combinations", "config", "command_line", "ds_config", "plugins", "checks", "model_checks", "reward_text"]
-LIGHT += ["adapter_checks", "section", "checkpoint_config", "role_config"]
+LIGHT += ["adapter_checks", "section", "checkpoint_config", "role_config", "failure_config"]
 PHASES = {"rollout", "evaluation", "advantages", "update", "supervised"}
 LAYER_OF = {name: index for index, layer in enumerate(LAYERS) for name in layer}
 MODULES = {path.stem: path for path in sorted((REPOSITORY / "engine").glob("*.py")) if path.stem != "__init__"}

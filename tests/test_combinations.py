@@ -83,6 +83,18 @@ REFUSED = {
         {"zero.offload_activations": True},
         ["what activation checkpointing saves", "with zero.activation_checkpointing false", "set the second to true"],
     ),
+    "KL that ends the run below its target": (
+        {"failures.kl_abort": 5, "kl.target": 6},
+        ["above the KL that the controller steers to", "got 5 with kl.target 6", "raise the first"],
+    ),
+    "roll-back without checkpoints": (
+        {"failures.on_divergence": "roll_back", "checkpoint.every_iterations": 0},
+        ["goes back to a checkpoint", "every_iterations 0", "checkpoint.every_minutes 0", "on_divergence to stop"],
+    ),
+    "roll-back with one checkpoint": (
+        {"failures.on_divergence": "roll_back", "checkpoint.keep_last": 1},
+        ["needs the checkpoint before the last", "got checkpoint.keep_last 1", "set it to 2 or more"],
+    ),
     "minibatch above the iteration": (
         {"ppo.minibatch_sequences": 6},
         ["may not exceed the iteration", "minibatch_sequences 6 > 5", "prompts_per_iteration 5", "lower the first"],
@@ -529,6 +541,17 @@ REFUSED = {
 # Name -> settings, and a part of the one warning; None: nothing is said.
 ALLOWED = {
     "the recipe itself": ({}, None),
+    "roll-back to checkpoints by the clock": (
+        {
+            "failures.on_divergence": "roll_back",
+            "checkpoint.every_iterations": 0,
+            "checkpoint.every_minutes": 5,
+            "failures.kl_abort": 7,
+            "kl.target": 6,
+        },
+        None,
+    ),
+    "one checkpoint and no roll-back": ({"checkpoint.keep_last": 1}, None),
     "full actor, trunk": (FULL, None),
     "full actor, critic model in full": ({**FULL, **OWN, "critic.train": "full"}, None),
     "full actor, critic model, reward model": ({**FULL, **OWN, "critic.path": "reward"}, None),
