@@ -26,20 +26,30 @@ def export_final(engine: HybridEngine, folder: Path, recipe: Recipe, tokenizer: 
     trained in full leaves a whole model with its tokenizer. A critic on the shared base leaves value_head.safetensors
     too, a `[1, hidden]` weight applied to the last hidden states; one of its own is a sequence classifier.
     """
-    for role, base in ((ACTOR, recipe.model.path), (CRITIC, recipe.critic_path)):
-        home, weights = engine.home(role), _whole(engine, role)
-        if dist.rank() == 0:
-            (folder / role).mkdir(parents=True)
-            head = weights.pop(VALUE_HEAD, None)
-            if head is not None:
-                save_file({"weight": head}, folder / role / "value_head.safetensors")
-                on = {"trunk": "../actor"} if recipe.critic.home == "trunk" else {"base": base}
-                about = {"home": recipe.critic.home, **on}
-                (folder / role / "value_head.json").write_text(json.dumps(about, indent=2))
-            if weights:
-                revision = recipe.model.revision if base == recipe.model.path else None
-                _write(home, role, weights, folder / role, (base, revision), tokenizer)
+    for role in (ACTOR, CRITIC):
+        write_role(engine, role, folder / role, recipe, tokenizer)
+    if dist.rank() == 0 and recipe.critic.home != "model":
+        on = {"trunk": "../actor"} if recipe.critic.home == "trunk" else {"base": recipe.critic_path}
+        about = {"home": recipe.critic.home, **on}
+        (folder / CRITIC / "value_head.json").write_text(json.dumps(about, indent=2))
     dist.barrier()
+
+
+def write_role(
+    engine: HybridEngine, role: str, folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Write what one role trained, in the forms of `export_final` (a collective; rank 0 writes)."""
+    home, weights = engine.home(role), _whole(engine, role)
+    if dist.rank() != 0:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    head = weights.pop(VALUE_HEAD, None)
+    if head is not None:
+        save_file({"weight": head}, folder / "value_head.safetensors")
+    if weights:
+        base = recipe.model.path if role == ACTOR else recipe.critic_path
+        revision = recipe.model.revision if base == recipe.model.path else None
+        _write(home, role, weights, folder, (base, revision), tokenizer)
 
 
 def _whole(engine: HybridEngine, role: str) -> dict[str, Tensor]:

@@ -46,11 +46,10 @@ def identity_of(recipe: Recipe) -> dict[str, object]:
     }
 
 
-def changed_identity(before: dict, now: dict) -> list[str]:
+def changed_identity(before: dict, now: dict, remedy: str = "go on with the old one, or start a new run") -> list[str]:
     """One line for each part of the identity that is another."""
     return [
-        f"the {name} changed since the checkpoint: {_differences(before.get(name), value)}; go on with the old one, or "
-        "start a new run"
+        f"the {name} changed since the checkpoint: {_differences(before.get(name), value)}; {remedy}"
         for name, value in now.items()
         if before.get(name) != value
     ]

@@ -140,6 +140,17 @@ def _freed_at_once() -> Iterator[None]:
         mallopt(trim_threshold, 2**31 - 1)
 
 
+def load_plain(settings: ModelConfig) -> PreTrainedModel:
+    """The base as anybody loads it, for a process without roles and ranks."""
+    return AutoModelForCausalLM.from_pretrained(
+        settings.path,
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+        dtype=DTYPES[settings.dtype],
+        quantization_config=quantization_config(settings),
+    )
+
+
 def quantization_config(settings: ModelConfig) -> BitsAndBytesConfig | None:
     """bitsandbytes' settings of a quantized base; the output head and the embeddings stay as they are."""
     if settings.quantization == "nf4":

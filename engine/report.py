@@ -40,8 +40,8 @@ def before_after(before: Look, after: Look) -> str:
     return page.file.getvalue()
 
 
-def draw_learning_curve(folder: Path) -> Path:
-    """`learning_curve.png` from the run's metrics.jsonl and evaluation.jsonl; returns its path."""
+def draw_learning_curve(folder: Path, into: Path | None = None) -> Path:
+    """`learning_curve.png` from the run's metrics.jsonl and evaluation.jsonl, there or in `into`; returns its path."""
     rows = read_jsonl(folder / "metrics.jsonl")
     looks = read_jsonl(folder / "evaluation.jsonl") if (folder / "evaluation.jsonl").exists() else []
     panels = {
@@ -63,7 +63,7 @@ def draw_learning_curve(folder: Path) -> Path:
         axis.grid(alpha=0.3)
         if len(names) > 1:
             axis.legend([name.removeprefix("eval/") for name in names])
-    path = folder / "learning_curve.png"
+    path = (into or folder) / "learning_curve.png"
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path

@@ -106,6 +106,7 @@ class RewardModel:
         # Not every model has a limit, and transformers has one name for those that have.
         longest = getattr(model.config, "max_position_embeddings", None)
         self.text = RewardText(own, longest) if own is not None else None
+        self.tokenizer = tokenizer if own is None else own
         if self.text is not None:
             logger.info("reward %s reads text: its tokenizer is another one", self.name)
         self.engine = zero.FrozenEngine(_Scorer(model), models.DTYPES[dtype], offload_to_cpu=offload)
@@ -113,14 +114,16 @@ class RewardModel:
         self.phase_weights = zero.phase_weights(self.engine.module, keep, self.engine.device, offload)
 
     def score(self, rollout: Rollout, texts: Texts) -> Tensor:
-        if self.text is None:
-            ids, mask, lengths = rollout.sequences, rollout.sequence_mask, rollout.sequence_lengths
-        else:
-            ids, lengths = self._read(rollout, texts)
-            mask = length_mask(lengths, ids.shape[1])
-        scores = _in_micro_batches(self._forward, ids, mask, lengths, self.settings)
+        ids, lengths = self.reads(rollout, texts)
+        scores = _in_micro_batches(self._forward, ids, length_mask(lengths, ids.shape[1]), lengths, self.settings)
         self.phase_weights.let_go()
         return scores
+
+    def reads(self, rollout: Rollout, texts: Texts) -> tuple[Tensor, Tensor]:
+        """`[B, L]` ids that the model is given, padded on the right, and `[B]` lengths; a collective."""
+        if self.text is None:
+            return rollout.sequences, rollout.sequence_lengths
+        return self._read(rollout, texts)
 
     def _forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         return self.engine(ids.to(self.engine.device), mask.to(self.engine.device))
@@ -233,17 +236,21 @@ class RewardFunction:
 class RewardAdapter:
     """A LoRA adapter and a score head on the shared base: one more role there, and no weights of its own to load."""
 
-    def __init__(self, index: int, recipe: Recipe, engine: HybridEngine):
+    def __init__(self, index: int, recipe: Recipe, engine: HybridEngine, tokenizer: PreTrainedTokenizerBase):
         self.name = recipe.rewards[index].label
-        self.role, self.engine = reward_role(index), engine
+        self.role, self.engine, self.tokenizer = reward_role(index), engine, tokenizer
         self.settings = recipe.ppo.for_inference
 
     def score(self, rollout: Rollout, texts: Texts) -> Tensor:
         def forward(ids: Tensor, mask: Tensor) -> Tensor:
             return self.engine.scores(self.role, ids, mask)
 
-        lengths = rollout.sequence_lengths
-        return _in_micro_batches(forward, rollout.sequences, rollout.sequence_mask, lengths, self.settings)
+        ids, lengths = self.reads(rollout, texts)
+        return _in_micro_batches(forward, ids, length_mask(lengths, ids.shape[1]), lengths, self.settings)
+
+    def reads(self, rollout: Rollout, texts: Texts) -> tuple[Tensor, Tensor]:
+        """As those of `RewardModel`."""
+        return rollout.sequences, rollout.sequence_lengths
 
     def close(self) -> None:
         pass
@@ -256,7 +263,7 @@ def build(recipe: Recipe, engine: HybridEngine, tokenizer: PreTrainedTokenizerBa
         if config.model:
             sources.append(RewardModel(config, recipe, tokenizer))
         elif config.adapter:
-            sources.append(RewardAdapter(index, recipe, engine))
+            sources.append(RewardAdapter(index, recipe, engine, tokenizer))
         else:
             sources.append(RewardFunction(config))
     return sources

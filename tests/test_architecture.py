@@ -11,23 +11,23 @@ from engine.config import REPOSITORY
 
 LAYERS = [
     {"errors", "combinations", "device_memory", "section", "progress", "fetching", "onednn", "attention"}
-    | {"checkpoint_store", "liveness"},
+    | {"checkpoint_store", "liveness", "verify_export"},
     {"checkpoint_config", "role_config", "failure_config", "traffic"},
     {"ppo", "batch", "causal", "config", "dist", "randomness", "stories", "reward_text", "stopping", "workloads"},
     {"role_steps", "optimizer_state", "sharded_loading", "identity", "run_state"},
     {"zero", "ds_config", "plugins", "command_line", "console", "minibatches", "models", "prompts", "metrics"}
     | {"scoring", "flops", "machine", "kv_cache"},
-    {"adapters", "sampling", "fused_lora", "vocabulary_head"},
+    {"adapters", "sampling", "fused_lora", "vocabulary_head", "model_card", "merging", "chat"},
     {"roles", "adapter_checks"},
     {"weight_groups"},
     {"replica", "model_checks"},
     {"hybrid_engine", "checks", "logprob_memory"},
     {"checkpoint", "export", "reward_sources", "watchdog"},
-    {"rollout", "evaluation", "advantages", "update", "supervised", "resume", "interruption"},
-    {"heldout", "toyworld"},
+    {"rollout", "evaluation", "advantages", "update", "supervised", "resume", "interruption"} | {"export_source"},
+    {"heldout", "toyworld", "export_check"},
     {"report", "benchmark_report", "run_folder"},
     {"divergence"},
-    {"trainer"},
+    {"trainer", "exporting"},
     {"benchmark"},
 ]
 """DESIGN.md section 4 from the bottom up: a module imports from layers strictly below its own."""

@@ -1,0 +1,179 @@
+"""launch/export.py on real runs of two ranks under ZeRO-3: every export computes the same in plain libraries."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from engine import verify_export
+from engine.model_card import Form, loading_code
+from engine.role_config import ModelConfig
+from tests import checkpoints, tiny
+from tests.launching import launch, launch_plain
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+
+RATES = {"actor": {"optimizer": {"learning_rate": 1e-2}}, "critic": {"optimizer": {"learning_rate": 1e-2}}}
+"""Two iterations must move weights further than rounding does."""
+
+
+def trained(folder: Path, **sections) -> Path:
+    """The folder of a finished run."""
+    sharded = {"ds_config": tiny.ds_config("zero3")}
+    recipe = checkpoints.save_recipe(folder, zero=sharded, checkpoint={"every_iterations": 1}, **(RATES | sections))
+    done = launch(recipe)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return trained(tmp_path_factory.mktemp("run"))
+
+
+def export(*arguments) -> subprocess.CompletedProcess:
+    return launch_plain(*map(str, arguments), script="launch/export.py")
+
+
+def about(folder: Path) -> dict:
+    return json.loads((folder / "export.json").read_text())
+
+
+def weights_of(folder: Path) -> dict[str, list[int]]:
+    """The shape of every tensor in a folder."""
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            found |= {f"{file.name}/{name}": tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+    return found
+
+
+LOADED = """
+import re, sys, torch
+folder, ids = sys.argv[1], torch.tensor([[3, 4, 5, 6, 1]])
+names = {"folder": folder}
+exec(re.findall(r"^```python\\n(.*?)^```", open(folder + "/README.md").read(), re.DOTALL | re.MULTILINE)[0], names)
+print([round(x, 4) for x in names[sys.argv[2]](ids).flatten().tolist()])
+"""
+
+
+def loaded(folder: Path, function: str) -> list[float]:
+    """The page's own code, in a process of its own, from another folder."""
+    command = [sys.executable, "-c", LOADED, str(folder), function]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder.parent)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("what", "function", "numbers"), [("actor", "logprobs", 4), ("critic", "values", 5), ("reward", "score", 1)]
+)
+def test_an_export_is_verified_and_its_page_loads_it(run, what, function, numbers):
+    done = export(run, "--what", what)
+    assert done.returncode == 0, done.stderr
+    folder = run / "export" / what
+    found = about(folder)
+    assert found["deviation"] <= found["bound"] == 1e-5 and found["numbers"] >= 8 and found["iteration"] == 2
+    assert len(loaded(folder, function)) == numbers
+    shapes = weights_of(folder)
+    assert shapes and all(0 not in shape for shape in shapes.values())
+    page = (folder / "README.md").read_text()
+    assert "deviate by at most" in page and str(run.parent / "policy") in page and "learning_curve.png" in page
+    assert (folder / "learning_curve.png").stat().st_size > 1000 and (folder / "recipe.yaml").is_file()
+    assert (folder / "tokenizer.json").is_file() and not list(folder.parent.glob(".*"))
+
+
+def test_merged_is_a_plain_model_in_whatever_type_and_on_two_ranks(run):
+    done = launch(run, "--what", "merged", script="launch/export.py")
+    assert done.returncode == 0, done.stderr
+    done = export(run, "--what", "merged", "--dtype", "bfloat16", "--output", run / "half")
+    assert done.returncode == 0, done.stderr
+    whole, half = run / "export" / "merged", run / "half"
+    assert (
+        not list(whole.glob("adapter*")) and about(whole)["lost_to_rounding"] < 1e-3 < about(half)["lost_to_rounding"]
+    )
+    assert (whole / "generation_config.json").is_file()
+    assert loaded(whole, "logprobs") == pytest.approx(loaded(half, "logprobs"), abs=0.1)
+
+
+@pytest.mark.parametrize("critic", [{"home": "trunk"}, {"home": "model", "train": "full"}], ids=lambda c: c["home"])
+def test_critics_elsewhere(tmp_path, critic):
+    run = trained(tmp_path, critic=RATES["critic"] | critic)
+    done = export(run, "--what", "critic")
+    assert done.returncode == 0, done.stderr
+    assert about(run / "export" / "critic")["deviation"] <= 1e-5
+    assert len(loaded(run / "export" / "critic", "values")) == 5
+
+
+def test_what_is_refused(run, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "precious").touch()
+    done = export(run, "--what", "actor", "--output", tmp_path / "mine")
+    assert done.returncode == 2 and "overwrites nothing" in done.stderr
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["precious"]
+    done = export(run, "--what", "reward", "--reward", "nobody", "--output", tmp_path / "new")
+    assert done.returncode == 2 and "'nobody'" in done.stderr
+    done = export(tmp_path, "--what", "actor")
+    assert done.returncode == 2 and "no run's folder" in done.stderr
+    checkpoints.save_policy(tmp_path / "other", initializer_range=0.1)
+    done = export(run, "--what", "actor", "--output", tmp_path / "new", "--model.path", tmp_path / "other")
+    assert done.returncode == 2 and "the base changed since the checkpoint" in done.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_weight_that_is_not_the_checkpoints_is_noticed(run, tmp_path):
+    """What the verification says of an export in which one number was changed."""
+    output = tmp_path / "export"
+    assert export(run, "--what", "actor", "--output", output).returncode == 0
+    ids = [[3, 4, 5, 6, 1]]
+    row = {"ids": ids[0], "at": [0, 1, 2, 3], "expected": loaded(output, "logprobs")}
+    trained_in = run / "checkpoints" / "000002" / "actor.safetensors"
+    cases = {"function": "logprobs", "rows": [row], "dtype": "float32"}
+    cases["trained"] = [{"role": "actor", "file": str(trained_in)}]
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+
+    def verified() -> dict:
+        command = [sys.executable, "-P", verify_export.__file__, str(output), str(tmp_path / "cases.json")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    whole = verified()
+    assert whole["differing"] == [] and whole["weights"] > 10 and whole["deviation"] < 1e-3
+    tensors = load_file(output / "adapter_model.safetensors")
+    name = next(name for name in tensors if "lora_B" in name)
+    tensors[name][0, 0] += 1e-6
+    save_file(tensors, output / "adapter_model.safetensors")
+    assert [re.sub(r"\.default", "", found) for found in verified()["differing"]] == [name]
+
+
+def test_a_reward_that_is_a_function_is_refused(run, tmp_path):
+    function = ("--rewards", '[{"function": "tests/tiny.py:length_reward"}]')
+    done = export(run, "--what", "reward", *function, "--output", tmp_path / "new")
+    assert done.returncode == 2 and "has no weights" in done.stderr
+
+
+def test_the_documented_code_is_the_pages(run):
+    """Of a critic on the shared base."""
+    text = (Path(__file__).parent.parent / "docs" / "export.md").read_text()
+    assert loading_code(Form("critic", ModelConfig(path="BASE"), adapter=True)) in text
+
+
+def test_a_run_answers(run):
+    def answer(*arguments) -> str:
+        command = (run, "--prompt", "abc", "--temperature", "0", *arguments)
+        done = launch_plain(*map(str, command), script="launch/chat.py")
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    trained_one, before = answer(), answer("--base")
+    assert trained_one and before and trained_one != before
+    done = launch_plain(str(run / "checkpoints"), script="launch/chat.py")
+    assert done.returncode == 2 and "neither a run's folder" in done.stderr
