@@ -250,7 +250,7 @@ def test_modules_that_zero3_must_fetch_whole():
 def trained_engine(model: OldBlock):
     """Under ZeRO-3, the adapter training."""
     from engine import dist, zero
-    from engine.config import OptimizerSettings
+    from engine.role_config import OptimizerSettings
     from engine.ds_config import read_ds_config, resolve_ds_config
 
     trained = list(model.adapter.requires_grad_(True).parameters())
