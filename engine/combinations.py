@@ -9,7 +9,8 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from engine.config import LoraSettings, Recipe
+    from engine.config import Recipe
+    from engine.role_config import LoraSettings
 
 
 def problems_of(recipe: Recipe) -> list[str]:

@@ -250,8 +250,8 @@ def test_modules_that_zero3_must_fetch_whole():
 def trained_engine(model: OldBlock):
     """Under ZeRO-3, the adapter training."""
     from engine import dist, zero
-    from engine.role_config import OptimizerSettings
     from engine.ds_config import read_ds_config, resolve_ds_config
+    from engine.role_config import OptimizerSettings
 
     trained = list(model.adapter.requires_grad_(True).parameters())
     config = resolve_ds_config(
