@@ -35,7 +35,9 @@ from engine.errors import RecipeError, RunError, Stopped
 
 QUICKSTART = "launch/recipes/quickstart.yaml"
 # What gloo and NCCL say on a rank whose neighbour has gone.
-LOST_PEER = re.compile(r"closed by peer|reset by peer|remote process exited|Broken pipe|Connection timed out", re.IGNORECASE)
+LOST_PEER = re.compile(
+    r"closed by peer|reset by peer|remote process exited|Broken pipe|Connection timed out", re.IGNORECASE
+)
 
 
 def parse(argv: list[str], default_recipe: str = QUICKSTART) -> Recipe:
