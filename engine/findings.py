@@ -1,4 +1,4 @@
-"""What a self-check found: its name, a figure beside its bound, what is wrong and what to do; then that of all ranks."""
+"""What a self-check found: its name, a figure beside its bound, what is wrong and what to do; then of all ranks."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ docs/models.md has what was measured: 5e-6, 0.012 and 0.035. Dropout or a wrong 
 """
 NUDGE, GROWTH = 0.05, 1.25
 """What is added to weights that start at 0, and what others are multiplied by."""
-CUT, CHANGED_BEFORE, CHANGED_END = [0, 3], 1, 2
+CUT, CHANGED_BEFORE, CHANGED_END = [0, 3], [1], [2, 4]
 """Rows of made-up responses, by what is changed: the end token away, the second token another, the last another."""
 
 
@@ -130,7 +130,9 @@ class MadeUp:
         special = {*ends, *subject.tokenizer.all_special_ids, subject.prompts.pad_id}
         ordinary = (token for token in range(len(subject.tokenizer)) if token not in special)
         own = subject.tokenizer.eos_token_id
-        return cls(rows_of(prompts, range(4)), tuple(islice(ordinary, 2)), own if own in ends or not ends else ends[0])
+        return cls(
+            rows_of(prompts, [0, 1, 2, 3, 0]), tuple(islice(ordinary, 2)), own if own in ends or not ends else ends[0]
+        )
 
     def rollout(self, filler: int | None = None, changed: bool = False) -> Rollout:
         """The responses.
@@ -140,9 +142,9 @@ class MadeUp:
             changed: as `CUT`, `CHANGED_BEFORE` and `CHANGED_END` say.
         """
         (a, b), end = self.words, self.end
-        rows = [[a, b, end], [a, b, a, b, end], [a, b, end], [b, a, end]]
+        rows = [[a, b, end], [a, b, a, b, end], [a, b, end], [b, a, end], [b, a, end]]
         if changed:
-            rows = [[a, b], [a, a, a, b, end], [a, b, a], [b, a]]
+            rows = [[a, b], [a, a, a, b, end], [a, b, a], [b, a], [b, a, b]]
         filler, width = end if filler is None else filler, 6
         return Rollout(
             prompt_ids=torch.where(self.prompts.prompt_mask, self.prompts.prompt_ids, filler),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -92,14 +93,17 @@ def adapters_off(subject: Subject, sample: Sample) -> Result:
     if moved <= (min(subject.bound, acted / 100) if acted else subject.bound):
         return measured, None
     return measured, (
-        f"the reference must not follow what is trained, got log-probs that move by {moved:.1e} with the adapters: they "
-        "are not switched off for it, so the KL would hold the policy near itself; set reference.home to model"
+        f"the reference must not follow what is trained, got log-probs that move by {moved:.1e} with the adapters: "
+        "they are not switched off for it, so the KL would hold the policy near itself; set reference.home to model"
     )
 
 
 def batched_is_alone(subject: Subject, sample: Sample) -> Result:
     """Log-probs, values and scores of a row among others, padded, against those of the row alone."""
-    rollout, prompts, rows = sample.rollout, sample.prompts, range(len(sample.rollout))
+    prompts, rows = sample.prompts, range(len(sample.rollout))
+    # Cut, so that some are padded, by tokens that are none of theirs.
+    lengths = sample.rollout.response_lengths // (1 + torch.arange(len(rows)) % 3)
+    rollout = replace(sample.rollout, response_lengths=lengths.clamp(min=1))
 
     def one(row: int) -> Rollout:
         return take_rows(rollout, slice(row, row + 1))
@@ -126,12 +130,12 @@ def end_token_counts(subject: Subject, sample: Sample) -> Result:
     versions = made.rollout(), made.rollout(filler=made.words[0]), made.rollout(changed=True)
     with nudged(subject.adapters | subject.heads):
         plain, filled, changed = (by_name(subject.said(rollout)) for rollout in versions)
-    scores, filled_scores, cut_scores = (subject.scores(made.prompts, rollout) for rollout in versions)
+    scores, filled_scores, changed_scores = (subject.scores(made.prompts, rollout) for rollout in versions)
     padding = largest(off((filled | filled_scores)[name], x) for name, x in (plain | scores).items())
     rollout, exactly = versions[0], subject.recipe.model.dtype != "float32"
     before, after = plain["values"], changed["values"]
     # V at a token is read before it. So it knows nothing of that token, and all of those before.
-    early = largest([off(after[CHANGED_END, :3], before[CHANGED_END, :3]), off(after[1, :2], before[1, :2])])
+    early = off(after[CHANGED_END, :3], before[CHANGED_END, :3])
     ends = plain["logprobs"].gather(1, rollout.response_lengths[:, None] - 1)
     wrong = {
         "the mask leaves it out": not torch.equal(rollout.response_mask.sum(1), rollout.response_lengths),
@@ -141,7 +145,9 @@ def end_token_counts(subject: Subject, sample: Sample) -> Result:
         "a value knows nothing of the token before": not felt(after[CHANGED_BEFORE], before[CHANGED_BEFORE], exactly),
     }
     for name, score in scores.items():
-        wrong[f"the {name} does not see it"] = not felt(cut_scores[name][CUT], score[CUT], exactly)
+        # Where it is cut off, a score that passes it over is the same; where another token stands, one read before it.
+        seen = [felt(changed_scores[name][rows], score[rows], exactly) for rows in (CUT, CHANGED_END)]
+        wrong[f"the {name} does not see it"] = not all(seen)
     return _all_right(
         wrong,
         f"{len(wrong)} properties, padding moves {padding:.1e}",
@@ -158,8 +164,8 @@ def gathered_is_sharded(subject: Subject, sample: Sample) -> Result:
     measured, problem = within(
         off(rollout.sampler_logprobs[mask], logprobs[mask]),
         subject.bound,
-        "the sampler must be the policy that trains, got log-probs off by {measured}: responses would come from another "
-        "policy; ppo.importance_cap corrects for it, and another model type may not need it",
+        "the sampler must be the policy that trains, got log-probs off by {measured}: responses would come from "
+        "another policy; ppo.importance_cap corrects for it, and another model type may not need it",
     )
     if problem or engine.engine.stage != 3:
         return measured, problem
@@ -169,7 +175,7 @@ def gathered_is_sharded(subject: Subject, sample: Sample) -> Result:
     rows = differing(sample.mine, again, sample.margins, subject.bound)
     measured += f"; {resident:.0%} and {engine.replica.resident_fraction:.0%} gathered"
     return measured, None if not rows else (
-        f"gathered weights and weights fetched while decoding must sample the same, got other responses in rows {rows}; "
+        f"gathered weights and weights fetched while decoding must sample the same, got others in rows {rows}: "
         "set generation.gather_budget_bytes to 1000000000000000 (all is gathered) or to 0 (nothing)"
     )
 

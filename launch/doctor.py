@@ -1,4 +1,4 @@
-"""Prove machine and recipe: `deepspeed --num_accelerators 2 launch/doctor.py [RECIPE.yaml] [--section.key value ...]`."""
+"""Prove machine and recipe: `deepspeed --num_accelerators 2 launch/doctor.py [RECIPE.yaml] [--section.key ...]`."""
 
 import sys
 from pathlib import Path
