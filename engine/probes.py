@@ -161,17 +161,20 @@ class MadeUp:
 @contextmanager
 def nudged(parameters: dict[str, nn.Parameter]) -> Iterator[None]:
     """Inside, weights are a little off, alike on every rank; then their bytes are what they were."""
-    places = [(name, tensor, tensor.clone()) for name, p in parameters.items() for tensor in _held(p)]
+    # Shards alone are moved. What was gathered from them before, or is inside, would go on saying what they were.
+    _cut(parameters.values())
+    before = {name: zero.local_shard(p).clone() for name, p in parameters.items()}
     try:
-        for name, tensor, _ in places:
+        for name, p in parameters.items():
             if "lora_B" in name or _is_head(name):
-                tensor.add_(NUDGE)
+                zero.local_shard(p).add_(NUDGE)
             else:
-                tensor.mul_(GROWTH)
+                zero.local_shard(p).mul_(GROWTH)
         yield
     finally:
-        for _, tensor, before in places:
-            tensor.copy_(before)
+        _cut(parameters.values())
+        for name, p in parameters.items():
+            zero.local_shard(p).copy_(before[name])
 
 
 def generated(subject: Subject, actor: PreTrainedModel, prompts: Prompts, settings: GenerationConfig) -> Rollout:
@@ -227,10 +230,11 @@ def rows_of(prompts: Prompts, rows: Iterable[int]) -> Prompts:
     return replace(prompts, **tensors, texts=texts, columns=columns)
 
 
-def _held(parameter: nn.Parameter) -> list[Tensor]:
-    """All that this rank has of it: its shard, and the whole where that is gathered now."""
-    whole = [parameter.data] if zero.is_gathered(parameter) else []
-    return whole + ([zero.local_shard(parameter)] if hasattr(parameter, "ds_tensor") else [])
+def _cut(parameters: Iterable[nn.Parameter]) -> None:
+    """To the shards, under ZeRO-3; the engine gathers before its next forward what it keeps whole."""
+    for parameter in parameters:
+        if hasattr(parameter, "ds_id") and zero.is_gathered(parameter):
+            parameter.partition()
 
 
 def _is_head(name: str) -> bool:

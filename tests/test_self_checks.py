@@ -169,18 +169,18 @@ FAULTS = {
 }
 
 
-def built(recipe: str) -> Trainer:
+def built(recipe: str, **sections) -> Trainer:
     output = dist.broadcast_object(tempfile.mkdtemp(dir=Path(recipe).parent))
     torch.manual_seed(0)
-    return Trainer(load_recipe(recipe, {"self_check": False, "output": output}))
+    return Trainer(load_recipe(recipe, {"self_check": False, "output": output, **sections}))
 
 
-def checked(recipe: str, *faults) -> list[dict]:
+def checked(recipe: str, *faults, sections: dict | None = None) -> list[dict]:
     """What the checks of a start find in an engine that is loaded and looked at with the faults."""
     with pytest.MonkeyPatch.context() as patch:
         for fault in faults:
             fault(patch)
-        trainer = built(recipe)
+        trainer = built(recipe, **(sections or {}))
         try:
             found = trainer.self_check(self_checks.AT_START, Path(recipe).parent)
         finally:
@@ -203,6 +203,34 @@ def test_a_healthy_engine_passes(request, ranks, recipe):
         assert len(deviations(found)) == 3 and max(deviations(found)) < 1e-5
         measured = {one["name"]: one["measured"] for one in found}
         assert "100% and 0% gathered" in measured["gathered is sharded"]
+
+
+def checked_with(recipe: str, sections: dict) -> list[dict]:
+    return checked(recipe, sections=sections)
+
+
+OTHERWISE = {
+    "shipped zero3": {"zero": {"ds_config": "ds_configs/zero3.json", "keep_gathered_bytes": "auto"}},
+    "offload": {"zero": {"ds_config": "ds_configs/zero3_cpu_offload.json", "keep_gathered_bytes": "auto"}},
+    "zero2": {"zero": {"ds_config": "ds_configs/zero2.json"}, "critic": {"home": "trunk"}},
+    "zero0": {"zero": {"ds_config": "ds_configs/zero0.json"}, "generation": {"temperature": 0.7, "top_p": 0.9}},
+    "a critic of its own": {"critic": {"home": "model", "train": "full"}},
+    "a reference of its own": {"reference": {"home": "model"}, "kl": {"estimator": "full"}},
+    "everything in full": {
+        "actor": {"train": "full"},
+        "critic": {"home": "model"},
+        "reference": {"home": "model"},
+        "generation": {"temperature": 0.0, "gather_budget_bytes": 0},
+    },
+}
+
+
+@pytest.mark.parametrize("form", OTHERWISE)
+def test_every_home_and_stage_passes(pool, recipe, form):
+    """Where weights stay whole, or gathered for a phase, those of a moment before must not be left in place."""
+    for found in pool.run(checked_with, recipe, OTHERWISE[form]):
+        assert failed(found) == {}
+        assert max(deviations(found)) < 1e-5
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
