@@ -1936,7 +1936,7 @@ MUTANTS += [
         "offload.param_coordinator.release_and_reset_all(engine.module)",
         "pass",
         "what a self-check gathered stays, or the first iteration's traffic is another",
-        ("tests/test_self_checks.py",),
+        ("tests/test_self_checks.py::test_it_leaves_no_trace",),
     ),
     Mutant(
         "check-of-rank-0-alone",

@@ -269,8 +269,8 @@ def state(trainer: Trainer) -> dict:
     }
 
 
-def before_and_after(recipe: str) -> tuple[dict, dict]:
-    trainer = built(recipe)
+def before_and_after(recipe: str, sections: dict) -> tuple[dict, dict]:
+    trainer = built(recipe, **sections)
     try:
         before = state(trainer)
         trainer.self_check(self_checks.AT_START, Path(recipe).parent)
@@ -279,22 +279,27 @@ def before_and_after(recipe: str) -> tuple[dict, dict]:
         trainer.close()
 
 
-def test_it_leaves_no_trace(pool, recipe):
-    for before, after in pool.run(before_and_after, recipe):
-        assert before["sampler"] == 0 and before["gathered"] == [] and before["orders"][0] == 0
+STAYING = {"all cut": {}, "some stay whole": OTHERWISE["shipped zero3"]}
+
+
+@pytest.mark.parametrize("staying", STAYING)
+def test_it_leaves_no_trace(pool, recipe, staying):
+    for before, after in pool.run(before_and_after, recipe, STAYING[staying]):
+        assert before["sampler"] == 0 and before["orders"][0] == 0
         for name in before:
             assert after[name] == before[name], name
 
 
-def run(recipe: str, output: str, self_check: bool) -> None:
+def run(recipe: str, output: str, self_check: bool, sections: dict) -> None:
     random.seed(0)
-    train(load_recipe(recipe, {"output": output, "self_check": self_check}))
+    train(load_recipe(recipe, {"output": output, "self_check": self_check, **sections}))
 
 
-def test_a_run_with_it_is_bitwise_one_without(pool, recipe):
-    outputs = [Path(recipe).parent / name for name in ("with", "without")]
+@pytest.mark.parametrize("staying", STAYING)
+def test_a_run_with_it_is_bitwise_one_without(pool, recipe, staying, tmp_path):
+    outputs = [tmp_path / name for name in ("with", "without")]
     for output in outputs:
-        pool.run(run, recipe, str(output), output.name == "with")
+        pool.run(run, recipe, str(output), output.name == "with", STAYING[staying])
     one, other = (
         {
             "metrics": [
