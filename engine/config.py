@@ -261,6 +261,8 @@ class Recipe(Section):
     """Stop after so long (90s, 30m, 4h, 1d) with a checkpoint to go on from; null: no limit."""
     watchdog_seconds: PositiveFloat | None = 1800.0
     """A rank that is gone, or stands still: all are gone within so many seconds, with a report; null: no watchdog."""
+    self_check: bool = True
+    """Prove at every start, in seconds, that machine and engine do what the run relies on (docs/doctor.md)."""
     toyworld: str | None = None
     """Folder of the embedded toy world, built there when missing; null: not used."""
     model: ModelConfig = ModelConfig()

@@ -6,7 +6,8 @@ Written for DeepSpeed 0.19.8, whose objects it is handed; engine/zero.py alone i
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -90,3 +91,28 @@ class FetchOrders:
             coordinator._clear_trace_structures()  # the order becomes its own
             self.coordinators[kind] = coordinator
         self.offload.param_coordinator = self.coordinators[kind]
+
+
+@contextmanager
+def unremembered(engine, orders: FetchOrders | None = None) -> Iterator[None]:
+    """Inside, DeepSpeed learns from forwards for these alone, and what they gathered is cut up at the end.
+
+    For before a run's first forward: that one then finds everything as it would have without.
+
+    Args:
+        engine: DeepSpeed's; below ZeRO-3 there is nothing to learn.
+        orders: the remembered ones, where there are several.
+    """
+    offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
+    if not hasattr(offload, "param_coordinator"):
+        yield
+        return
+    orders = orders or FetchOrders(offload)
+    before, remembered = offload.param_coordinator, orders.coordinators
+    orders.coordinators = {}
+    orders.expect("what comes without a kind")
+    try:
+        yield
+    finally:
+        offload.param_coordinator.release_and_reset_all(engine.module)
+        offload.param_coordinator, orders.coordinators = before, remembered

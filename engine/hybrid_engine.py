@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -131,17 +131,32 @@ class HybridEngine:
         return self.home(role).role_parameters(role)
 
     @contextmanager
-    def generation(self) -> Iterator[PreTrainedModel]:
+    def generation(self, gather_budget_bytes: int | None = None) -> Iterator[PreTrainedModel]:
         """Inside, the actor as a plain module on every rank, without DeepSpeed's hooks. Its weights go at the end.
 
         No forward is a collective, unless `idle_pass` is something: then each of them is.
+
+        Args:
+            gather_budget_bytes: None: the recipe's.
         """
         try:
-            module = self.replica.fill(self._gather_budget_bytes())
+            budget = self._gather_budget_bytes() if gather_budget_bytes is None else gather_budget_bytes
+            module = self.replica.fill(budget)
             with torch.inference_mode():
                 yield module
         finally:
             self.replica.free()
+
+    @contextmanager
+    def unremembered(self) -> Iterator[None]:
+        """Inside, forwards teach DeepSpeed nothing and leave nothing gathered; for before a run's first one."""
+        with ExitStack() as stack:
+            stack.enter_context(fetching.unremembered(self.engine.engine, self.engine.fetch_orders))
+            if self.critic is not None:
+                stack.enter_context(fetching.unremembered(self.critic_engine.engine, self.critic_engine.fetch_orders))
+            if self.reference is not None:
+                stack.enter_context(fetching.unremembered(self.reference.engine))
+            yield
 
     @property
     def idle_pass(self) -> Callable[[], None] | None:

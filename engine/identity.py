@@ -7,13 +7,15 @@ its beginning, and reading hundreds of gigabytes at every start would cost minut
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from pathlib import Path
 
 from engine.config import Recipe, RewardConfig, locate
 
 ENDS_BYTES = 2**24
 TOKENIZER = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template", "spiece")
 IN_NO_IDENTITY = (
-    *("name", "output", "resume", "time_limit", "watchdog_seconds"),
+    *("name", "output", "resume", "time_limit", "watchdog_seconds", "self_check"),
     *("checkpoint", "failures", "evaluation", "iterations"),
 )
 """Settings that may change without the slightest effect on the iteration that has begun."""
@@ -25,7 +27,7 @@ def identity_of(recipe: Recipe) -> dict[str, object]:
     data = recipe.data.model_dump(exclude={"dataset", "prompts_per_iteration", "samples_per_prompt"})
     return {
         "base": {"weights": _weights(model.path, model.revision), "quantization": model.quantization},
-        "tokenizer": _digest(model.path, lambda file: file.name.startswith(TOKENIZER)) or model.path,
+        "tokenizer": digest(model.path, lambda file: file.name.startswith(TOKENIZER)) or model.path,
         "roles": {
             "actor": recipe.actor.train,
             "critic": [critic.home, critic.train] + ([_weights(critic.path)] if critic.path else []),
@@ -91,10 +93,10 @@ def _lora(settings) -> dict:
 
 def _weights(path: str, revision: str | None = None) -> str:
     """The digest of a local file or folder; a hub name stands for itself."""
-    return _digest(path, lambda file: not file.name.startswith(TOKENIZER)) or f"{path}@{revision or 'default'}"
+    return digest(path, lambda file: not file.name.startswith(TOKENIZER)) or f"{path}@{revision or 'default'}"
 
 
-def _digest(path: str, wanted) -> str | None:
+def digest(path: str, wanted: Callable[[Path], bool] = lambda file: True) -> str | None:
     """SHA-256 over names, sizes and ends of the files of a folder; None: there is no such folder or file."""
     place = locate(path)
     if not place.exists():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 
 import numpy as np
@@ -17,6 +19,7 @@ class Stream(IntEnum):
     EVALUATION = 1
     MINIBATCHES = 2
     PROMPTS = 3
+    SELF_CHECKS = 4
 
 
 def generator(seed: int, stream: Stream, high: int = 0, low: int = 0) -> np.random.Generator:
@@ -42,6 +45,17 @@ def restore_global_state(state: dict) -> None:
     np.random.set_state(("MT19937", _numbers(keys, np.uint32), *rest))
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(_numbers(numbers, np.uint32).tolist()), gauss))
+
+
+@contextmanager
+def untouched() -> Iterator[None]:
+    """Inside, whatever draws from the generators that everybody shares leaves them as they were, devices' included."""
+    before = global_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            restore_global_state(before)
 
 
 def _text(numbers: np.ndarray) -> str:

@@ -47,6 +47,22 @@ def sample(
     return tokens, scaled.gather(-1, tokens[:, None]).squeeze(-1) - normaliser
 
 
+def boundary_distance(logits: Tensor, uniforms: Tensor, temperature: float, banned: Tensor | None = None) -> Tensor:
+    """`[B]` how near each draw of `sample` was to falling on another token: nearer than rounding, it may do so.
+
+    For draws among all tokens (no top-k, no top-p); shapes as in `sample`.
+    """
+    scaled = logits / (temperature or 1.0)
+    if banned is not None:
+        scaled = scaled.masked_fill(banned, -torch.inf)
+    probabilities = scaled.double().softmax(-1)
+    if temperature == 0:
+        first, second = probabilities.topk(2).values.unbind(-1)
+        return first - second
+    cdf = probabilities.cumsum(-1)
+    return (cdf / cdf[:, -1:] - uniforms[:, None]).abs().amin(-1)
+
+
 def _weights(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     """`[B, V]` float64 probabilities, 0 for tokens outside the top k or, among those, the nucleus."""
     probabilities = logits.double().softmax(-1)

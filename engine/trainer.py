@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from engine import dist, models, progress, reward_sources, toyworld, zero
+from engine import dist, environment_checks, findings, models, progress, reward_sources, self_checks, toyworld, zero
 from engine.advantages import KLController, RunningMoments, ScoreCombiner, make_experience
 from engine.batch import Experience, Prompts, Rollout, map_rows, take_rows
 from engine.checkpoint import Checkpoints, name_of, restore
@@ -20,6 +20,7 @@ from engine.divergence import DIVERGENCE, go_back, sound_evaluation, sound_rollo
 from engine.errors import RecipeError
 from engine.evaluation import evaluate, score
 from engine.export import export_final
+from engine.findings import Finding
 from engine.heldout import HeldOut, Look
 from engine.hybrid_engine import HybridEngine
 from engine.interruption import Interruption
@@ -35,6 +36,7 @@ from engine.metrics import (
     update_metrics,
 )
 from engine.plugins import load_function
+from engine.probes import Size, Subject
 from engine.prompts import PromptSet, PromptSource, load_prompts, share
 from engine.report import before_after, draw_learning_curve
 from engine.resume import Resumed, find
@@ -63,6 +65,7 @@ def train(recipe: Recipe) -> Path:
         FloatingPointError, Diverged: training diverged, and the recipe says to stop then.
     """
     check_files(recipe, built=not recipe.toyworld)
+    looked_at = environment_checks.before_start() if recipe.self_check else []
     zero.start(watched=recipe.watchdog_seconds is not None)
     watchdog = Watchdog(recipe.watchdog_seconds)
     interruption = Interruption(seconds_of(recipe.time_limit) if recipe.time_limit else None, watchdog)
@@ -71,6 +74,8 @@ def train(recipe: Recipe) -> Path:
             if recipe.toyworld:
                 toyworld.prepare(recipe.toyworld)  # all ranks build it together
                 check_files(recipe)
+            if recipe.self_check:
+                findings.refuse(environment_checks.examine(recipe, looked_at))
             resumed = find(recipe)
             torch.manual_seed(recipe.seed)
             with progress.phase("loading"):
@@ -111,6 +116,8 @@ class Trainer:
         self.state = RunState()
         if resumed is not None and resumed.checkpoint is not None:
             self._take_up(restore(self.engine, resumed.checkpoint, resumed.source, resumed.same_course))
+        if recipe.self_check:
+            findings.refuse(self.self_check(self_checks.AT_START, environment_checks.folder_of(recipe)))
         self.folder = RunFolder.claim(recipe, self.engine.ds_config, resumed)
         self.is_new = resumed is None or resumed.iteration < 0
         self.checkpoints = Checkpoints(recipe, self.folder.path, self.engine, self.folder.writes)
@@ -122,6 +129,13 @@ class Trainer:
         self.kl.kl_coef = self.state.kl_coef
         self.combiner.moments = [RunningMoments(**moments) for moments in self.state.moments]
         self.engine.learning_rate_factor = self.state.learning_rate_factor
+
+    def self_check(self, size: Size, folder: Path) -> list[Finding]:
+        """Whether what was built keeps what training relies on, before it begins; nothing is changed by it."""
+        parts = (self.engine, self.tokenizer, self.prompt_set, self.stops, self.sources)
+        found = self_checks.examine(Subject(self.recipe, *parts, folder), size)
+        logger.info("self-check: %d checks of the engine, %.1f s", len(found), sum(one.seconds for one in found))
+        return found
 
     def run(self, interruption: Interruption) -> None:
         """All iterations that are left, then the final adapters and the report."""

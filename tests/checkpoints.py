@@ -70,6 +70,7 @@ def save_recipe(folder: Path, **sections) -> Path:
     policy = folder / "policy"
     values = {
         "iterations": 2,
+        "self_check": False,  # seconds; tests/test_self_checks.py has it on, and so has the quickstart
         "output": str(folder / "run"),
         "model": {"path": str(policy if policy.is_dir() else save_policy(policy))},
         "rewards": [{"model": str(save_reward_model(folder / "reward"))}],

@@ -14,21 +14,21 @@ LAYERS = [
     | {"checkpoint_store", "liveness", "verify_export"},
     {"checkpoint_config", "role_config", "failure_config", "traffic"},
     {"ppo", "batch", "causal", "config", "dist", "randomness", "stories", "reward_text", "stopping", "workloads"},
-    {"role_steps", "optimizer_state", "sharded_loading", "identity", "run_state"},
+    {"role_steps", "optimizer_state", "sharded_loading", "identity", "run_state", "findings"},
     {"zero", "ds_config", "plugins", "command_line", "console", "minibatches", "models", "prompts", "metrics"}
     | {"scoring", "flops", "machine", "kv_cache"},
-    {"adapters", "sampling", "fused_lora", "vocabulary_head", "model_card", "merging", "chat"},
+    {"adapters", "sampling", "fused_lora", "vocabulary_head", "model_card", "merging", "chat"} | {"environment_checks"},
     {"roles", "adapter_checks"},
     {"weight_groups"},
     {"replica", "model_checks"},
     {"hybrid_engine", "checks", "logprob_memory"},
     {"checkpoint", "export", "reward_sources", "watchdog"},
     {"rollout", "evaluation", "advantages", "update", "supervised", "resume", "interruption"} | {"export_source"},
-    {"heldout", "toyworld", "export_check"},
-    {"report", "benchmark_report", "run_folder"},
+    {"heldout", "toyworld", "export_check", "probes"},
+    {"report", "benchmark_report", "run_folder", "self_checks"},
     {"divergence"},
     {"trainer", "exporting"},
-    {"benchmark"},
+    {"benchmark", "doctor"},
 ]
 """DESIGN.md section 4 from the bottom up: a module imports from layers strictly below its own."""
 
