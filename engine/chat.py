@@ -20,15 +20,21 @@ class Chat:
     Args:
         place: a run's folder or an export's.
         base: answer as the policy did before training.
+        trust_remote_code: run code that the model's own folder brings, where the recipe asks for it.
 
     Raises:
-        RecipeError: there is no policy in that folder, or nothing to compare it with.
+        RecipeError: there is no policy in that folder, nothing to compare it with, or it wants to run code of its own.
     """
 
-    def __init__(self, place: Path, base: bool = False):
+    def __init__(self, place: Path, base: bool = False, trust_remote_code: bool = False):
         if not (place / "recipe.yaml").is_file():
             raise RecipeError(f"{place} is neither a run's folder nor an export's; name one that has a recipe.yaml")
         self.recipe = parse([str(place / "recipe.yaml")]).model_copy(update={"output": None, "resume": None})
+        if self.recipe.model.trust_remote_code and not trust_remote_code:  # the folder may be a stranger's
+            raise RecipeError(
+                f"{place / 'recipe.yaml'} asks to run code that comes with {self.recipe.model.path}; "
+                "say --trust-remote-code if you trust that code"
+            )
         folder = place / "final" / "actor" if (place / "final").is_dir() else place
         adapter = (folder / "adapter_config.json").is_file()
         if not adapter and not (folder / "config.json").is_file():
@@ -44,7 +50,7 @@ class Chat:
         self.model = (
             models.load_plain(self.recipe.model)
             if adapter
-            else AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+            else AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trust_remote_code)
         )
         if adapter:
             self.model = PeftModel.from_pretrained(self.model, str(folder))

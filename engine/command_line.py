@@ -122,7 +122,7 @@ def recipe_text(recipe: Recipe) -> str:
 
 
 @contextmanager
-def readable_errors():
+def readable_errors(what: str = "this run"):
     """Errors that are messages lose their traceback; any other keeps it, and comes first.
 
     Exit status: 2 when the recipe can't be run (said by rank 0), 1 when a run failed, 75 when it was asked to stop.
@@ -131,14 +131,14 @@ def readable_errors():
         yield
     except RecipeError as error:
         bullets = "".join("\n  - " + problem.replace("\n", "\n    ") for problem in error.problems)
-        _say_once(f"error: this run can't start:{bullets}\n")
+        _say_once(f"error: {what} can't start:{bullets}\n")
         raise SystemExit(2) from None
     except Stopped as stopped:
         if _rank() == 0:
             sys.stderr.write(f"stopped: {stopped}; go on with --resume\n")
         raise SystemExit(stopped.status) from None
     except (RunError, FloatingPointError) as error:  # every rank raises the same
-        _say_once(f"error: the run stopped: {error}\n")
+        _say_once(f"error: {what} stopped: {error}\n")
         raise SystemExit(1) from None
     except RuntimeError as error:
         if not LOST_PEER.search(str(error)):

@@ -12,7 +12,7 @@ from engine.checkpoint import Checkpoints, has_moved, restore
 from engine.config import Recipe
 from engine.errors import Diverged, RunError
 from engine.hybrid_engine import HybridEngine
-from engine.metrics import append_jsonl
+from engine.metrics import append_jsonl, read_jsonl
 from engine.resume import Resumed, rewind
 from engine.run_folder import RunFolder
 from engine.run_state import RunState
@@ -109,6 +109,7 @@ def go_back(
     good = restore(engine, newest, source, same_course=False)
     now = replace(
         good,
+        best=_best_that_is_left(checkpoints, good, source),
         roll_backs=state.roll_backs + 1,
         prompt_shift=failed + state.prompt_shift + 1 - good.iteration,
         learning_rate_factor=state.learning_rate_factor * settings.learning_rate_factor,
@@ -133,6 +134,12 @@ def _last_good(checkpoints: Checkpoints, most: int) -> tuple[Path | None, int]:
     names = dist.all_gather_objects(found)
     source = max(range(len(names)), key=lambda rank: (names[rank], -rank))
     return (checkpoints.folder / names[source] if names[source] else None), source
+
+
+def _best_that_is_left(checkpoints: Checkpoints, good: RunState, source: int) -> dict | None:
+    """The best checkpoint up to then, unless one of the course that is left has taken its place on the disk."""
+    there = good.best is not None and (checkpoints.folder / good.best["checkpoint"]).is_dir()
+    return good.best if dist.broadcast_object(there, source) else None
 
 
 def _set_aside(folder: RunFolder, back: Resumed, now: RunState) -> None:
@@ -165,7 +172,7 @@ def _report(
         "learning_rate_factor": now.learning_rate_factor,
     }
     if dist.rank() == 0:
-        append_jsonl(folder.path / EVENTS, [event])
+        _log(folder.path / EVENTS, event)
     logger.warning(
         "%s. Back to checkpoint %s (%d of %d times): %d prompts are skipped, learning rates times %g",
         error,
@@ -175,3 +182,10 @@ def _report(
         len(draws),
         now.learning_rate_factor,
     )
+
+
+def _log(file: Path, event: dict) -> None:
+    """Once: a run that is killed before the state it goes on from is on the disk goes back here again."""
+    known = read_jsonl(file) if file.exists() else []
+    if not any({**line, "time": event["time"]} == event for line in known):
+        append_jsonl(file, [event])

@@ -9,10 +9,9 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
 from torch import Tensor
 
-from engine import dist, models, verify_export
+from engine import dist, verify_export
 from engine.errors import RunError
 from engine.export_source import Source
 from engine.merging import Merged
@@ -21,12 +20,25 @@ from engine.roles import ACTOR, CRITIC
 
 logger = dist.get_logger(__name__)
 
-TOLERANCES = {name: 1e-5 if name == "float32" else 4 * torch.finfo(kind).eps for name, kind in models.DTYPES.items()}
-"""Largest deviation, relative to max(1, |number|): for 16 bit four of its roundings, as docs/export.md explains."""
+RELATIVE = "relative to max(1, |number|)"
+BOUND = 1e-5
+"""Largest deviation that float32 may have, so measured."""
+ROUNDINGS = 3
+"""How many times the rounding of a 16-bit type, measured on the export's own numbers, may be between two computations:
+each rounds once, elsewhere, and what is measured is the largest of few."""
 
 
-def verify(folder: Path, form: Form, rows: list[dict], source: Source) -> dict:
+def bound(rounding: float) -> float:
+    """Largest deviation that is no fault. `rounding`: measured, the type's against float32 arithmetic, 0 in float32."""
+    return BOUND + ROUNDINGS * rounding
+
+
+def verify(folder: Path, form: Form, rows: list[dict], expected: Tensor, source: Source) -> dict:
     """What `verify_export.py` finds, in a process that knows nothing of ranks.
+
+    Args:
+        rows: `ids` of a sequence, and `at` which of the loading code's numbers it is compared.
+        expected: the numbers there, of all rows, `[N]`.
 
     Raises:
         RunError: plain libraries can't load the folder.
@@ -35,7 +47,8 @@ def verify(folder: Path, form: Form, rows: list[dict], source: Source) -> dict:
     if form.what == "critic" and source.recipe.critic.home == "trunk":
         of_roles = [ACTOR, CRITIC]
     trained = [{"role": role, "file": str(source.checkpoint / f"{role}.safetensors")} for role in of_roles]
-    cases = {"function": form.function, "rows": rows, "trained": trained, "dtype": source.recipe.model.dtype}
+    cases = {"function": form.function, "rows": rows, "expected": expected.tolist()}
+    cases |= {"trained": trained, "dtype": source.recipe.model.dtype}
     group = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     alone = {name: value for name, value in os.environ.items() if name not in group}
     with TemporaryDirectory() as scratch:
@@ -49,7 +62,7 @@ def verify(folder: Path, form: Form, rows: list[dict], source: Source) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def judge(found: dict, tolerance: float, form: Form) -> list[str]:
+def judge(found: dict, form: Form) -> list[str]:
     """What to say of a verification.
 
     Raises:
@@ -62,43 +75,46 @@ def judge(found: dict, tolerance: float, form: Form) -> list[str]:
             f"{len(found['differing'])} of the export's {found['weights']} weights are not those of the checkpoint "
             f"({shown}); nothing is exported"
         )
-    if not found["deviation"] <= tolerance:
-        raise RunError(
-            f"{names} of the export deviate by up to {found['deviation']:.2g} from the engine's, and at most "
-            f"{tolerance:.2g} can be rounding; nothing is exported"
-        )
+    _within(found["deviation"], bound(found["rounding"]), f"{names} of the export", "from the engine's")
     said = [
         f"The code above, in a fresh process on a CPU: {found['numbers']} {names} deviate by at most "
-        f"{found['deviation']:.2g} (bound {tolerance:.2g}; relative to max(1, |number|))."
+        f"{found['deviation']:.2g} from the engine's (bound {bound(found['rounding']):.2g}; {RELATIVE})."
     ]
+    if found["rounding"]:
+        said.append(f"Its rounding makes {found['rounding']:.2g}: the same code and weights in float32 arithmetic.")
     if found["weights"]:
         said.append(f"All {found['weights']} trained weights are bitwise those of the checkpoint.")
     return said
 
 
-def judge_merged(source: Source, merged: Merged, rows: list[dict]) -> list[str]:
-    """Compare with the engine what plain peft computes in float32; in 16 bit that is what the folder is held to.
-
-    Its own figure then is sharp: what the engine rounds would hide a young adapter that is missing altogether.
+def judge_merged(source: Source, merged: Merged, expected: Tensor, found: dict) -> list[str]:
+    """What to say of a merged model: each step from the engine's adapter to the folder's weights has its own bound.
 
     Args:
-        rows: their `expected` changes where the run was in 16 bit.
+        expected: the engine's log-probs; `found` is of those that the merged weights have in float32.
+
+    Raises:
+        RunError: as `judge`.
     """
-    kind, largest = source.recipe.model.dtype, 0.0
-    for row, apart in zip(rows, merged.apart, strict=True):
-        largest = max(largest, _deviation(apart[row["at"]], torch.tensor(row["expected"])))
-        if kind != "float32":
-            row["expected"] = apart[row["at"]].tolist()
-    if not largest <= TOLERANCES[kind]:
-        raise RunError(
-            f"adapter and base in plain peft deviate by up to {largest:.2g} from the engine, and at most "
-            f"{TOLERANCES[kind]:.2g} can be rounding; nothing is exported"
-        )
-    lost = f"Rounding to {source.wanted.dtype} took {merged.lost:.1%} of what the adapter changes in these log-probs."
+    kind, wanted = source.recipe.model.dtype, source.wanted.dtype
+    apart = verify_export.deviation(merged.apart, expected)
+    _within(apart, bound(merged.rounding), "adapter and base in plain peft", "from the engine")
+    _within(merged.merging, BOUND, "the merged weights", "from adapter and base")
+    _within(found["exact"], BOUND, "the weights that were written", "from those that were merged")
+    lost = f"Rounding to {wanted} took {merged.lost:.1%} of what the adapter changes in these log-probs."
     if merged.lost > 0.05:
         logger.warning("%s Export in float32, or serve the adapter beside its base", lost)
-    return [f"Adapter beside base, in float32: at most {largest:.2g} from the engine's {kind}.", lost]
+    return [
+        f"Adapter beside base in plain peft, float32: {found['numbers']} log-probs deviate by at most {apart:.2g} from "
+        f"the engine's {kind} (bound {bound(merged.rounding):.2g}; {RELATIVE}).",
+        f"Merging adds {merged.merging:.2g}. The code above, in a fresh process on a CPU and in float32, computes what "
+        f"the merged weights did, rounded to {wanted}, to {found['exact']:.2g} (both bounds {BOUND}).",
+        lost,
+    ]
 
 
-def _deviation(found: Tensor, expected: Tensor) -> float:
-    return ((found - expected).abs() / expected.abs().clamp(min=1)).max().item()
+def _within(deviation: float, most: float, what: str, of: str) -> None:
+    if not deviation <= most:  # NaN is not
+        raise RunError(
+            f"{what} deviate by up to {deviation:.2g} {of}, and at most {most:.2g} can be rounding; nothing is exported"
+        )

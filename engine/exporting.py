@@ -17,6 +17,7 @@ import torch
 from peft import PeftConfig
 from peft.utils import load_peft_weights
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from engine import dist, merging, model_card, models, reward_sources, zero
@@ -27,7 +28,7 @@ from engine.command_line import recipe_text
 from engine.config import Recipe
 from engine.errors import RunError
 from engine.export import write_role
-from engine.export_check import TOLERANCES, judge, judge_merged, verify
+from engine.export_check import judge, judge_merged, verify
 from engine.export_source import Source, Wanted, find
 from engine.hybrid_engine import HybridEngine
 from engine.metrics import read_jsonl
@@ -76,27 +77,32 @@ class _FromEngine:
 
     form: Form
     rows: list[dict]
-    """Sequences and its numbers for them, as `verify_export.py` reads them."""
+    """`ids` of a sequence, `at` which of the loading code's numbers it is compared, and the `expected` ones there."""
     generation: GenerationConfig
     """How it sampled."""
+
+    @property
+    def expected(self) -> Tensor:
+        """The engine's numbers of all rows, `[N]`."""
+        return torch.cat([torch.tensor(row["expected"], dtype=torch.float64) for row in self.rows])
 
 
 def _finish(source: Source, done: _FromEngine, folder: Path, adapter: Path) -> None:
     """What a single process does: merge, describe, verify, put in place."""
-    said, dtype = [], source.recipe.model.dtype
     about = {"what": done.form.what, "checkpoint": source.checkpoint.name, "iteration": source.state["iteration"]}
     if done.form.what == "merged":
-        dtype = source.wanted.dtype
-        sequences = [torch.tensor(row["ids"]) for row in done.rows]
-        merged = merging.merge(source.recipe, adapter, folder, dtype, sequences)
+        merged = merging.merge(source.recipe, adapter, folder, source.wanted.dtype, done.rows)
         done.generation.save_pretrained(folder)
-        said = judge_merged(source, merged, done.rows)
+        _describe(source, done.form, folder, [])  # its code is what the verification runs
+        found = verify(folder, done.form, done.rows, merged.rounded, source)
+        said = judge_merged(source, merged, done.expected, found)
         about["lost_to_rounding"] = merged.lost
-    _describe(source, done.form, folder, said)  # its code is what the verification runs
-    found = verify(folder, done.form, done.rows, source)
-    said += judge(found, TOLERANCES[dtype], done.form)
+    else:
+        _describe(source, done.form, folder, [])
+        found = verify(folder, done.form, done.rows, done.expected, source)
+        said = judge(found, done.form)
     _describe(source, done.form, folder, said)
-    about |= {"deviation": found["deviation"], "bound": TOLERANCES[dtype], "numbers": found["numbers"]}
+    about |= found
     (folder / "export.json").write_text(json.dumps(about, indent=2) + "\n")
     _put_in_place(folder, source.output)
     for line in said:

@@ -12,44 +12,63 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from engine import models
 from engine.config import Recipe
+from engine.verify_export import deviation, use_training_kernels
 
 
 @dataclass(frozen=True)
 class Merged:
-    """Log-probs `[T]` of each sequence, all in float32 arithmetic."""
+    """Log-probs of all sequences' tokens, `[N]`, in float32 arithmetic, and what became of them."""
 
-    apart: list[Tensor]
+    apart: Tensor
     """With the adapter beside the base."""
+    rounding: float
+    """Largest deviation from `apart` where plain peft computes in the run's own type: what the type alone does."""
+    merging: float
+    """Largest deviation from `apart` when merged, in float32."""
+    rounded: Tensor
+    """Of the merged weights, rounded to the type that they are written in."""
     lost: float
-    """Of what the adapter changes in them, the share that the merged weights' rounding took (root mean squares)."""
+    """Of what the adapter changes, the share that this rounding took (root mean squares)."""
 
 
-def merge(recipe: Recipe, adapter: Path, folder: Path, dtype: str, sequences: list[Tensor]) -> Merged:
+def merge(recipe: Recipe, adapter: Path, folder: Path, dtype: str, rows: list[dict]) -> Merged:
     """Merge in float32, round once to `dtype`, write a plain transformers folder without its tokenizer.
 
     A quantized base is unpacked first: the weights that the adapter was trained on are those.
 
     Args:
-        sequences: ids `[L]` to try it on.
+        rows: `ids` of a sequence to try it on, and `at` which tokens.
     """
-    model = PeftModel.from_pretrained(_base(recipe), str(adapter))
     temperature = recipe.generation.temperature or 1.0
-
-    def measured() -> list[Tensor]:
-        return [_logprobs(model, ids, temperature) for ids in sequences]
-
-    apart = measured()
+    in_own_type = None
+    if recipe.model.dtype != "float32":
+        model = PeftModel.from_pretrained(models.load_plain(recipe.model), str(adapter))
+        use_training_kernels(model)
+        in_own_type = _logprobs(model, rows, temperature)
+    base = _base(recipe)
+    was_tied = _untie(base)
+    model = PeftModel.from_pretrained(base, str(adapter))
+    apart = _logprobs(model, rows, temperature)
     with model.disable_adapter():
-        without = measured()
+        without = _logprobs(model, rows, temperature)
     model = model.merge_and_unload()
+    merging = deviation(_logprobs(model, rows, temperature), apart)
     for parameter in model.parameters():  # and not model.to: buffers that are computed stay exact
         parameter.data = parameter.data.to(models.DTYPES[dtype]).float()
-    changed, rounded = (_distance(apart, other) for other in (without, measured()))
+    rounded = _logprobs(model, rows, temperature)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(models.DTYPES[dtype])
-    _untie_if_apart(model)
+    if was_tied:
+        _tie_if_alike(model)
     model.save_pretrained(folder)
-    return Merged(apart, rounded / changed if changed else 0.0)
+    changed = _distance(apart, without)
+    return Merged(
+        apart=apart,
+        rounding=0.0 if in_own_type is None else deviation(in_own_type, apart),
+        merging=merging,
+        rounded=rounded,
+        lost=_distance(apart, rounded) / changed if changed else 0.0,
+    )
 
 
 def _base(recipe: Recipe) -> PreTrainedModel:
@@ -58,19 +77,39 @@ def _base(recipe: Recipe) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def _logprobs(model: torch.nn.Module, ids: Tensor, temperature: float) -> Tensor:
-    logits = model(ids[None]).logits[0, :-1].float() / temperature
-    return logits.log_softmax(-1).gather(-1, ids[1:, None]).squeeze(-1)
+def _logprobs(model: torch.nn.Module, rows: list[dict], temperature: float) -> Tensor:
+    found = []
+    for row in rows:
+        ids = torch.tensor(row["ids"])
+        logits = model(ids[None]).logits[0, :-1].float() / temperature
+        found.append(logits.log_softmax(-1).gather(-1, ids[1:, None]).squeeze(-1)[row["at"]])
+    return torch.cat(found).double()
 
 
-def _distance(one: list[Tensor], other: list[Tensor]) -> float:
-    return (torch.cat(one) - torch.cat(other)).square().mean().sqrt().item()
+def _distance(one: Tensor, other: Tensor) -> float:
+    return (one - other).square().mean().sqrt().item()
 
 
-def _untie_if_apart(model: PreTrainedModel) -> None:
-    """An update of the head or of the embeddings alone makes two weights of one: a reader must not tie them again."""
-    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
-        model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
+def _untie(model: PreTrainedModel) -> bool:
+    """Give it a head of its own, or an adapter on the head alone would be merged into the embeddings, too.
+
+    Returns:
+        Whether it had one weight for both.
+    """
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if head.weight is not embeddings.weight:
+        return False
+    head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    return True
+
+
+def _tie_if_alike(model: PreTrainedModel) -> None:
+    """One weight again where training moved neither; otherwise a reader must not tie them."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    alike = torch.equal(head.weight, embeddings.weight)
+    if alike:
+        head.weight = embeddings.weight
+    model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = alike
 
 
 def generation_config(recipe: Recipe, end_ids: tuple[int, ...], tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:

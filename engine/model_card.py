@@ -78,6 +78,7 @@ def _arguments(form: Form, quantized: bool) -> str:
 
 def _quantization(base: ModelConfig) -> str:
     settings = models.quantization_config(base).to_diff_dict()
+    settings = {name.removeprefix("_"): value for name, value in settings.items()}
     return "quantized = BitsAndBytesConfig(\n" + "".join(f"    {k}={v!r},\n" for k, v in settings.items()) + ")"
 
 

@@ -6,7 +6,7 @@ sizes at stage 3 that the ranks don't divide, and skip stage 0; so the pieces ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from engine import dist
 
 MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
+BUCKET_ELEMENTS = 2**24
+"""Of one message: a call for each of an adapter's many small tensors costs more than their bytes do."""
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "last_rescale_iter", "cur_hysteresis")
 
 
@@ -75,10 +77,36 @@ def capture(
     Moments that Adam has not made yet are 0, as it makes them.
     """
     found = {}
-    for name, parameter in parameters.items():
-        for kind in (MASTER, *MOMENTS):
-            found[f"{name}/{kind}"] = _gather(parameter, at[name], _read(optimizer, at[name], kind))
+    for bucket in _buckets([(name, kind) for name in parameters for kind in (MASTER, *MOMENTS)], parameters):
+        sizes = [_shape(parameters[name]).numel() for name, _ in bucket]
+        first = parameters[bucket[0][0]]
+        whole = torch.zeros(sum(sizes), dtype=torch.float32, device=first.device)
+        for (name, kind), tensor in zip(bucket, whole.split(sizes), strict=True):
+            part, piece = _read(optimizer, at[name], kind), at[name]
+            if part is not None:
+                tensor[piece.start : piece.start + piece.count] = part
+        if _is_cut(first):
+            # As integers: no other rank has anything there, and adding 0 to them keeps even the sign of -0.0.
+            whole = dist.all_reduce(whole.view(torch.int32)).view(torch.float32)
+        for (name, kind), tensor in zip(bucket, whole.cpu().split(sizes), strict=True):
+            found[f"{name}/{kind}"] = tensor.view(_shape(parameters[name]))
     return found
+
+
+def _buckets(
+    wanted: Iterable[tuple[str, str]], parameters: Mapping[str, nn.Parameter]
+) -> Iterator[list[tuple[str, str]]]:
+    """What travels in one message each: parameters of one engine are all cut, or none is."""
+    bucket, elements = [], 0
+    for name, kind in wanted:
+        more = _shape(parameters[name]).numel()
+        if bucket and elements + more > BUCKET_ELEMENTS:
+            yield bucket
+            bucket, elements = [], 0
+        bucket.append((name, kind))
+        elements += more
+    if bucket:
+        yield bucket
 
 
 def _read(optimizer: torch.optim.Optimizer, piece: Piece | None, kind: str) -> Tensor | None:
@@ -87,16 +115,6 @@ def _read(optimizer: torch.optim.Optimizer, piece: Piece | None, kind: str) -> T
         return None
     flat = piece.flat if kind == MASTER else optimizer.state.get(piece.flat, {}).get(kind)
     return None if flat is None else piece.of(flat)
-
-
-def _gather(parameter: nn.Parameter, piece: Piece | None, part: Tensor | None) -> Tensor:
-    whole = torch.zeros(_shape(parameter).numel(), dtype=torch.float32, device=parameter.device)
-    if part is not None:
-        whole[piece.start : piece.start + piece.count] = part
-    if _is_cut(parameter):
-        # As bytes: no other rank has anything there, and adding 0 to them keeps even the sign of -0.0.
-        whole = dist.all_reduce(whole.view(torch.uint8)).view(torch.float32)
-    return whole.view(_shape(parameter)).cpu()
 
 
 def steps(optimizer: torch.optim.Optimizer, at: Mapping[str, Piece | None]) -> int:

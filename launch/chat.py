@@ -10,14 +10,14 @@ from engine.command_line import readable_errors
 
 
 def main() -> None:
-    with readable_errors():
+    with readable_errors("this chat"):
         options = _parser().parse_args()
         from engine.console import quiet_imports, set_up_logging
 
         set_up_logging()
         with quiet_imports():
             from engine.chat import Chat
-        chat = Chat(options.place, options.base)
+        chat = Chat(options.place, options.base, options.trust_remote_code)
         for prompt in _typed() if options.prompt is None else [options.prompt]:
             chat.answer(prompt, options.max_new_tokens, options.temperature)
 
@@ -40,6 +40,9 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default: the recipe's")
     parser.add_argument("--temperature", type=float, metavar="T", help="0: the likeliest; default: the recipe's")
     parser.add_argument("--base", action="store_true", help="answer as the policy did before training")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that the model brings, if its recipe asks for it"
+    )
     return parser
 
 

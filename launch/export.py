@@ -10,7 +10,7 @@ from engine.command_line import readable_errors
 
 
 def main() -> None:
-    with readable_errors():
+    with readable_errors("this export"):
         arguments = _parser().parse_known_args()  # torch takes seconds to import, --help answers at once
         from engine.console import quiet_imports, set_up_logging
 

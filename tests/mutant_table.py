@@ -38,6 +38,8 @@ def ppo(name: str, old: str, new: str, breaks: str, test: str = "") -> Mutant:
     return Mutant(name, "engine/ppo.py", old, new, breaks, (node,), short=True)
 
 
+EXPORTING = "tests/test_exporting.py"
+
 MUTANTS = [
     # --- engine/ppo.py: masks, means, whitening
     ppo("padding-leaks", "torch.where(mask.bool(), _wide(x), 0)", "_wide(x)", "padding is read as if it were tokens"),
@@ -1953,5 +1955,110 @@ MUTANTS += [
         "for rows in (CHANGED_END,)]",
         "a score that passes over an end token equal to the padding is not seen",
         ("tests/test_self_checks.py::test_a_fault_is_seen_by_name[score_by_ids]",),
+    ),
+    Mutant(
+        "roll-back-to-a-best-that-is-gone",
+        "engine/divergence.py",
+        "best=_best_that_is_left(checkpoints, good, source),",
+        "best=good.best,",
+        "after a roll-back the best checkpoint is one that was deleted",
+        ("tests/test_divergence.py::test_a_torn_checkpoint_is_not_gone_back_to",),
+    ),
+    Mutant(
+        "roll-back-logged-twice",
+        "engine/divergence.py",
+        'if not any({**line, "time": event["time"]} == event for line in known):',
+        "if True:",
+        "a run that is killed while it goes back logs that twice",
+        ("tests/test_divergence.py::test_killed_right_after_it_went_back_it_goes_on_bitwise",),
+    ),
+    # --- exports
+    Mutant(
+        "export-of-a-fresh-adapter",
+        "engine/exporting.py",
+        "restore(engine, source.checkpoint, source=0, same_course=False)",
+        "pass",
+        "the checkpoint never reaches the engine: an untrained adapter is exported",
+        (f"{EXPORTING}::test_an_export_is_verified_and_its_page_loads_it",),
+    ),
+    Mutant(
+        "export-at-temperature-1",
+        "engine/exporting.py",
+        "temperature = recipe.generation.temperature or 1.0",
+        "temperature = 1.0",
+        "the page's log-probs are not those of the sampler",
+        (f"{EXPORTING}::test_an_export_is_verified_and_its_page_loads_it",),
+    ),
+    Mutant(
+        "export-rounding-unmeasured",
+        "engine/verify_export.py",
+        "tensor.data = tensor.data.float()",
+        "pass",
+        "what 16 bit rounds is taken for a fault",
+        (f"{EXPORTING}::test_what_rounds_is_held_to_what_rounding_does",),
+    ),
+    Mutant(
+        "export-by-the-kernel-of-eval",
+        "engine/verify_export.py",
+        "module.training = True",
+        "pass",
+        "an nf4 base is tried with a kernel that it wasn't trained with (on a CPU with AVX512-BF16)",
+        (f"{EXPORTING}::test_what_rounds_is_held_to_what_rounding_does",),
+    ),
+    Mutant(
+        "export-of-anything",
+        "engine/export_check.py",
+        "if not deviation <= most:",
+        "if deviation > most:",
+        "an export that computes NaN passes",
+        (f"{EXPORTING}::test_what_is_more_than_rounding_is_refused",),
+    ),
+    Mutant(
+        "export-written-unlike-merged",
+        "engine/export_check.py",
+        '_within(found["exact"], BOUND, ',
+        "_within(0.0, BOUND, ",
+        "the folder of a merged model is not what was merged",
+        (f"{EXPORTING}::test_each_step_of_a_merge_is_held_to_its_bound",),
+    ),
+    Mutant(
+        "export-tied-again",
+        "engine/merging.py",
+        "alike = torch.equal(head.weight, embeddings.weight)",
+        "alike = True",
+        "a head that changed alone is replaced by the embeddings when the merged model is loaded",
+        (f"{EXPORTING}::test_a_head_that_changed_alone_is_merged_alone",),
+    ),
+    Mutant(
+        "export-merged-into-embeddings",
+        "engine/merging.py",
+        "if head.weight is not embeddings.weight:",
+        "if True:",
+        "what an adapter on the head learned goes into the embeddings, too",
+        (f"{EXPORTING}::test_a_head_that_changed_alone_is_merged_alone",),
+    ),
+    Mutant(
+        "export-of-another-base",
+        "engine/export_source.py",
+        "problems += _another(state, recipe, wanted.what)",
+        "pass",
+        "an adapter is exported on a base that it wasn't trained on",
+        (f"{EXPORTING}::test_what_is_refused",),
+    ),
+    Mutant(
+        "chat-with-the-base",
+        "engine/chat.py",
+        "self.without = self.model.disable_adapter if base else nullcontext",
+        "self.without = nullcontext",
+        "--base answers as the trained policy",
+        (f"{EXPORTING}::test_a_run_answers",),
+    ),
+    Mutant(
+        "chat-trusts-a-folder",
+        "engine/chat.py",
+        "if self.recipe.model.trust_remote_code and not trust_remote_code:",
+        "if False:",
+        "a stranger's folder decides that code of its own runs",
+        (f"{EXPORTING}::test_a_run_answers",),
     ),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -188,6 +189,11 @@ def test_killed_right_after_it_went_back_it_goes_on_bitwise(pool, recipe, whole)
     output = recipe.parent / "killed"
     died = launch(recipe, "--output", output, script="tests/dying_train.py", DIES_AFTER=BACK)
     assert died.returncode != 0 and names(output)[:2] == [BACK, "000002"], died.stderr
+    earlier = shutil.copytree(output, recipe.parent / "killed earlier")
+    shutil.rmtree(earlier / "checkpoints" / BACK)  # as if it had died before that was written
+    assert pool.run(run_with, str(recipe), str(earlier), None, {}) == [True, True]
+    assert len(lines(earlier / "events.jsonl")) == 1
+    assert record(earlier) == record(whole)
     state = checkpoint_store.read_state(output / "checkpoints" / BACK)
     assert (state["iteration"], state["roll_backs"], state["prompt_shift"]) == (2, 1, 2)
     assert pool.run(run_with, str(recipe), str(output), None, {}) == [True, True]
@@ -283,6 +289,41 @@ def test_weights_that_an_update_ruined_are_not_gone_back_to(pool, recipe):
     assert (event["checkpoint"], event["prompts_skipped"]) == ("000000", 2 * EACH)
     (aside,) = (output / "superseded").iterdir()
     assert (aside / "000001").is_dir() and len(lines(output / "metrics.jsonl")) == 2
+
+
+TEARS = """
+from pathlib import Path
+scores, calls = [1.0, 0.0, 2.0, 1e38, 0.5, 0.25, 0.125], []
+def score(prompts, responses, **columns):
+    calls.append(len(responses))
+    if scores[len(calls) - 1] == 1e38:
+        for path in Path({checkpoints!r}).glob({pattern!r}):
+            (path / "actor.safetensors").write_bytes(b"torn")
+    return [scores[len(calls) - 1]] * len(responses)
+"""
+
+
+@pytest.mark.parametrize("pattern", ["000003", "0*"])
+def test_a_torn_checkpoint_is_not_gone_back_to(pool, recipe, pattern):
+    """Nor is the best one named that the course that is left has replaced."""
+    folder = recipe.parent / ("torn" if pattern == "000003" else "all torn")
+    folder.mkdir()
+    output = folder / "run"
+    (folder / "reward.py").write_text(TEARS.format(checkpoints=str(output / "checkpoints"), pattern=pattern))
+    changes = {
+        "rewards": [{"function": f"{folder / 'reward.py'}:score"}],
+        "evaluation": {"dataset": None, "every_iterations": 0},
+        "checkpoint": {"every_iterations": 1, "keep_last": 2, "keep_best": "score/mean"},
+    }
+    if pattern == "0*":
+        first, second = pool.run(end_of, str(recipe), str(output), changes)
+        assert first == second and "There is no good checkpoint to go back to" in first
+        return
+    assert pool.run(run_with, str(recipe), str(output), None, changes) == [True, True]
+    (event,) = lines(output / "events.jsonl")
+    assert event["checkpoint"] == "000002" and names(output) == ["000005", "000004", "000003"]
+    best = checkpoint_store.read_state(output / "checkpoints" / "000005")["best"]
+    assert (best["checkpoint"], best["value"]) == ("000003", 0.5)
 
 
 LOSES_ITS_DISK = """

@@ -384,7 +384,8 @@ def large(tmp_path_factory) -> Path:
     """64 MiB in bfloat16, in six files of float32: reading it in bfloat16 makes memory of its own."""
     folder = tmp_path_factory.mktemp("large")
     checkpoints.save_policy(folder / "warm", **SIZES)
-    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 512}
+    # Many small layers: to pack a weight, bitsandbytes takes about 20 bytes for each of its numbers, for a moment.
+    sizes = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 19, "vocab_size": 512}
     return checkpoints.save_policy(folder / "policy", shard_bytes=24 * MIB, **sizes)
 
 
@@ -395,8 +396,7 @@ def large(tmp_path_factory) -> Path:
     [
         ("zero2", "none", 0.95, 1.5),  # each rank holds the model: what the next line must not do
         ("zero3", "none", 0.45, 0.75),  # its half, and the tensor that is being cut
-        # All of the packed model, the tensor that is being packed, and up to 18 MiB that huge pages round up.
-        ("zero3", "nf4", 0.25, 0.99),
+        ("zero3", "nf4", 0.25, 0.9),  # all of the packed model, and the tensor that is being packed
     ],
 )
 def test_no_rank_ever_holds_the_whole_model(fresh_pool, large, ds_config, quantization, least, most):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine import models, zero
+from engine import models, optimizer_state, zero
 from engine.config import Recipe
 from engine.hybrid_engine import HybridEngine
 from engine.update import update
@@ -113,3 +113,23 @@ def test_any_stage_and_number_of_ranks_takes_it(pool, single):
         for stage in stages:
             for found, held in workers.run(loaded, stage, "bfloat16", ADAPTER, result["state"]):
                 assert same(found, result["state"]) and same(held, result["weights"]), (stage, workers.world_size)
+
+
+def in_messages_of(elements: int, stage: str) -> tuple:
+    engine, recipe = engine_of(stage, "float32", ADAPTER)
+    train(engine, recipe, range(1))
+    optimizer_state.BUCKET_ELEMENTS, before = elements, optimizer_state.BUCKET_ELEMENTS
+    try:
+        found = engine.capture()
+    finally:
+        optimizer_state.BUCKET_ELEMENTS = before
+        engine.close()
+    return found
+
+
+@pytest.mark.parametrize("stage", [ZERO2, ZERO3])
+def test_it_is_the_same_in_many_messages(pool, stage):
+    """Also where a single tensor is larger than a message."""
+    whole = pool.run(in_messages_of, 2**24, stage)[0]
+    for found in pool.run(in_messages_of, 100, stage):
+        assert same(found, whole)
