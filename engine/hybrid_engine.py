@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from engine import device_memory, dist, fetching, fused_lora, models, onednn, zero
+from engine import device_memory, dist, fetching, fused_lora, models, onednn, pointwise, zero
 from engine.batch import Rollout, take_rows
 from engine.config import Recipe, steps_per_iteration
 from engine.ds_config import read_ds_config, resolve_ds_config
@@ -359,4 +359,5 @@ def _trained(module: RolesModel | ValueModel, roles: tuple[str, ...], recipe: Re
     engine = zero.TrainedEngine(module, groups, ds_config, recipe.zero.offload_activations)
     fused_lora.fuse(module, zero.stays_whole)
     onednn.take_over(module)
+    pointwise.take_over(module)
     return engine

@@ -17,7 +17,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from engine import adapters, onednn
+from engine import adapters, onednn, pointwise
 from engine.roles import ACTOR, RolesModel
 from engine.weight_groups import Visits, Weight, grouped, put, split
 
@@ -107,6 +107,7 @@ def _skeleton(original: PreTrainedModel, merged: bool) -> tuple[PreTrainedModel,
     # In train() mode, as what trains is: bitsandbytes' layers compute differently in eval(), and repack in place.
     module.requires_grad_(False)
     onednn.take_over(module)
+    pointwise.take_over(module)
     return module, list(weights.values())
 
 

@@ -24,7 +24,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
-from engine import causal, device_memory, dist, onednn, optimizer_state, progress, traffic
+from engine import causal, device_memory, dist, onednn, optimizer_state, pointwise, progress, traffic
 from engine.errors import RecipeError
 from engine.fetching import FetchOrders, PhaseWeights, decoder_layers, kind_of, prefetch_elements
 from engine.role_config import OptimizerSettings
@@ -264,6 +264,7 @@ class FrozenEngine:
         with _quiet():
             self.engine, *_ = deepspeed.initialize(model=module, config=config)
         onednn.take_over(module)
+        pointwise.take_over(module)
         self.module = module
 
     @property

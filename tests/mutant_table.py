@@ -1835,6 +1835,14 @@ MUTANTS += [
         ("tests/test_progress.py",),
     ),
     Mutant(
+        "launchers-signal-is-a-persons",
+        "engine/watchdog.py",
+        "return self.failure is not None or any(self._heard[rank][0][\"state\"] != LEFT for rank in ended)",
+        "return False",
+        "a rank that DeepSpeed's launcher ends, since another died, says that it was asked to stop",
+        ("tests/test_watchdog.py",),
+    ),
+    Mutant(
         "stopped-rank-stays",
         "engine/watchdog.py",
         "self._mates[rank].kill()",
@@ -1971,6 +1979,43 @@ MUTANTS += [
         "if True:",
         "a run that is killed while it goes back logs that twice",
         ("tests/test_divergence.py::test_killed_right_after_it_went_back_it_goes_on_bitwise",),
+    ),
+    # --- number by number
+    Mutant(
+        "norm-without-its-slope",
+        "engine/pointwise.py",
+        "to_normed.addcmul_(wide, slope, value=-1)",
+        "to_normed",
+        "the gradient of a norm passes over the mean square",
+        ("tests/test_pointwise.py::test_a_norm_is_llamas",),
+        short=True,
+    ),
+    Mutant(
+        "norm-unrounded",
+        "engine/pointwise.py",
+        "normed = (wide * scale).to(x.dtype)\n        return",
+        "normed = wide * scale\n        return",
+        "in 16 bit a norm gives float32",
+        ("tests/test_pointwise.py::test_a_norm_of_bfloat16_rounds_where_llamas_does",),
+        short=True,
+    ),
+    Mutant(
+        "rotary-backward-turns-on",
+        "engine/pointwise.py",
+        "of_a, of_b = sin.neg().chunk(2, -1)",
+        "of_a, of_b = sin.chunk(2, -1)",
+        "gradients of queries and keys are turned on instead of back",
+        ("tests/test_pointwise.py::test_rotary_positions_are_llamas",),
+        short=True,
+    ),
+    Mutant(
+        "rotary-halves-mixed-up",
+        "engine/pointwise.py",
+        "return _rotated(upstream, cos, of_b, of_a), None, None",
+        "return _rotated(upstream, cos, of_a, of_b), None, None",
+        "the backward takes each half's sine for the other's",
+        ("tests/test_pointwise.py::test_rotary_positions_are_llamas",),
+        short=True,
     ),
     # --- exports
     Mutant(

@@ -10,7 +10,7 @@ import pytest
 from engine.config import REPOSITORY
 
 LAYERS = [
-    {"errors", "combinations", "device_memory", "section", "progress", "fetching", "onednn", "attention"}
+    {"errors", "combinations", "device_memory", "section", "progress", "fetching", "onednn", "pointwise", "attention"}
     | {"checkpoint_store", "liveness", "verify_export"},
     {"checkpoint_config", "role_config", "failure_config", "traffic"},
     {"ppo", "batch", "causal", "config", "dist", "randomness", "stories", "reward_text", "stopping", "workloads"},
