@@ -47,13 +47,11 @@ class Chat:
                 f"{folder} is a whole model, got --base; its base is {self.recipe.model.path}: chat with that"
             )
         self.tokenizer = models.load_tokenizer(self.recipe.model)
-        self.model = (
-            models.load_plain(self.recipe.model)
-            if adapter
-            else AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trust_remote_code)
-        )
         if adapter:
-            self.model = PeftModel.from_pretrained(self.model, str(folder))
+            self.model = PeftModel.from_pretrained(models.load_plain(self.recipe.model), str(folder))
+        else:
+            trust = self.recipe.model.trust_remote_code
+            self.model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trust)
         self.without = self.model.disable_adapter if base else nullcontext
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -12,7 +13,7 @@ from engine.checkpoint import Checkpoints, has_moved, restore
 from engine.config import Recipe
 from engine.errors import Diverged, RunError
 from engine.hybrid_engine import HybridEngine
-from engine.metrics import append_jsonl, read_jsonl
+from engine.metrics import append_jsonl
 from engine.resume import Resumed, rewind
 from engine.run_folder import RunFolder
 from engine.run_state import RunState
@@ -186,6 +187,9 @@ def _report(
 
 def _log(file: Path, event: dict) -> None:
     """Once: a run that is killed before the state it goes on from is on the disk goes back here again."""
-    known = read_jsonl(file) if file.exists() else []
-    if not any({**line, "time": event["time"]} == event for line in known):
+    text = file.read_text() if file.exists() else ""
+    if text and not text.endswith("\n"):  # the power went
+        file.write_text(text + "\n")
+    said = json.dumps({name: value for name, value in event.items() if name != "time"})[1:]
+    if not any(line.endswith(said) for line in text.splitlines()):
         append_jsonl(file, [event])

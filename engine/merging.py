@@ -25,10 +25,12 @@ class Merged:
     """Largest deviation from `apart` where plain peft computes in the run's own type: what the type alone does."""
     merging: float
     """Largest deviation from `apart` when merged, in float32."""
+    lost_by_merging: float
+    """Of what the adapter changes, the share that this is (root mean squares)."""
     rounded: Tensor
     """Of the merged weights, rounded to the type that they are written in."""
     lost: float
-    """Of what the adapter changes, the share that this rounding took (root mean squares)."""
+    """Of what the adapter changes, the share that merging and this rounding took."""
 
 
 def merge(recipe: Recipe, adapter: Path, folder: Path, dtype: str, rows: list[dict]) -> Merged:
@@ -41,10 +43,11 @@ def merge(recipe: Recipe, adapter: Path, folder: Path, dtype: str, rows: list[di
     """
     temperature = recipe.generation.temperature or 1.0
     in_own_type = None
-    if recipe.model.dtype != "float32":
+    if recipe.model.dtype != "float32" or recipe.model.quantization == "int8":
         model = PeftModel.from_pretrained(models.load_plain(recipe.model), str(adapter))
         use_training_kernels(model)
         in_own_type = _logprobs(model, rows, temperature)
+        del model
     base = _base(recipe)
     was_tied = _untie(base)
     model = PeftModel.from_pretrained(base, str(adapter))
@@ -52,7 +55,7 @@ def merge(recipe: Recipe, adapter: Path, folder: Path, dtype: str, rows: list[di
     with model.disable_adapter():
         without = _logprobs(model, rows, temperature)
     model = model.merge_and_unload()
-    merging = deviation(_logprobs(model, rows, temperature), apart)
+    whole = _logprobs(model, rows, temperature)
     for parameter in model.parameters():  # and not model.to: buffers that are computed stay exact
         parameter.data = parameter.data.to(models.DTYPES[dtype]).float()
     rounded = _logprobs(model, rows, temperature)
@@ -65,7 +68,8 @@ def merge(recipe: Recipe, adapter: Path, folder: Path, dtype: str, rows: list[di
     return Merged(
         apart=apart,
         rounding=0.0 if in_own_type is None else deviation(in_own_type, apart),
-        merging=merging,
+        merging=deviation(whole, apart),
+        lost_by_merging=_distance(apart, whole) / changed if changed else 0.0,
         rounded=rounded,
         lost=_distance(apart, rounded) / changed if changed else 0.0,
     )

@@ -52,13 +52,23 @@ def use_training_kernels(model: nn.Module) -> None:
 
 
 def widen(model: nn.Module) -> None:
-    """The same weights in float32, and arithmetic in it; packed ones keep their bytes."""
+    """The same weights in float32, and arithmetic in it; packed ones are unpacked to what training computed with."""
+    for parent in list(model.modules()):
+        for name, layer in parent.named_children():
+            # Its own: peft's layer around it shows the same one.
+            if type(layer._parameters.get("weight")).__name__ in ("Params4bit", "Int8Params"):
+                setattr(parent, name, _unpacked(layer))
     for tensor in [*model.parameters(), *model.buffers()]:
-        if tensor.is_floating_point() and not hasattr(tensor, "quant_state"):
+        if tensor.is_floating_point():
             tensor.data = tensor.data.float()
-    for module in model.modules():
-        if hasattr(module, "compute_dtype"):
-            module.compute_dtype = torch.float32
+
+
+def _unpacked(layer: nn.Module) -> nn.Linear:
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+    plain = nn.Linear(layer.in_features, layer.out_features, bias=False)
+    plain.weight.data, plain.bias = dequantize_bnb_weight(layer.weight, getattr(layer, "state", None)), layer.bias
+    return plain
 
 
 def deviation(one: Tensor, other: Tensor) -> float:

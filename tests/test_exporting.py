@@ -36,7 +36,8 @@ def trained(folder: Path, **sections) -> Path:
     """The folder of a finished run."""
     sharded = {"ds_config": tiny.ds_config("zero3")}
     common = RATES | {"generation": {"max_new_tokens": 6, "temperature": 0.7}}  # log-probs are the sampler's
-    recipe = checkpoints.save_recipe(folder, zero=sharded, checkpoint={"every_iterations": 1}, **(common | sections))
+    sections = {"zero": sharded} | common | sections
+    recipe = checkpoints.save_recipe(folder, checkpoint={"every_iterations": 1}, **sections)
     done = launch(recipe)
     assert done.returncode == 0, done.stderr
     return folder / "run"
@@ -128,8 +129,11 @@ def test_what_rounds_is_held_to_what_rounding_does(rounded_runs, kind, what):
     done = export(run, "--what", what, *(["--dtype", "bfloat16"] if what == "merged" else []))
     assert done.returncode == 0, done.stderr
     found = about(run / "export" / what)
-    assert found["deviation"] <= 1e-5 + 3 * found["rounding"]
-    assert (found["rounding"] == 0) == (kind == "nf4" and what != "merged") and found["rounding"] < 0.2
+    assert found["deviation"] <= 1e-5 / 0.7 + 4 * found["rounding"] < 0.5
+    if kind == "nf4" and what != "merged":
+        assert found["rounding"] < 1e-5 and found["deviation"] < 1e-5
+    else:
+        assert found["rounding"] > 1e-3
 
 
 def reward_adapter(folder: Path) -> Path:
@@ -207,8 +211,9 @@ AGREES = {"deviation": 0.0, "exact": 0.0, "rounding": 0.0, "numbers": 2, "differ
     [
         ({"deviation": 2e-5}, "log-probs of the export deviate by up to 2e-05"),
         ({"deviation": float("nan")}, "log-probs of the export deviate by up to nan"),
-        ({"deviation": 0.031, "rounding": 0.01}, "at most 0.03 can be rounding"),
-        ({"deviation": 0.029, "rounding": 0.01}, None),
+        ({"deviation": 0.041, "rounding": 0.01}, "at most 0.04 can be rounding"),
+        ({"deviation": float("inf"), "rounding": float("inf")}, "log-probs of the export deviate by up to inf"),
+        ({"deviation": 0.039, "rounding": 0.01}, None),
         ({"differing": ["lora_A"]}, "1 of the export's 4 weights are not those of the checkpoint (lora_A)"),
     ],
 )
@@ -221,18 +226,43 @@ def test_what_is_more_than_rounding_is_refused(found, said):
         export_check.judge(AGREES | found, form)
 
 
+def test_log_probs_at_a_low_temperature_round_more():
+    form = Form("actor", ModelConfig(path="base"), adapter=True, temperature=0.1)
+    export_check.judge(AGREES | {"deviation": 9e-5}, form)
+    with pytest.raises(RunError):
+        export_check.judge(AGREES | {"deviation": 2e-4}, form)
+
+
+@pytest.mark.parametrize("what", ["actor", "merged"])
+def test_8_bit_products_round_too(int8_run, what):
+    done = export(int8_run, "--what", what)
+    assert done.returncode == 0, done.stderr
+    assert about(int8_run / "export" / what)["iteration"] == 2
+
+
+@pytest.fixture(scope="module")
+def int8_run(tmp_path_factory) -> Path:
+    sections = {"model": {"quantization": "int8"}, "zero": {"ds_config": "ds_configs/zero2.json"}}
+    folder = tmp_path_factory.mktemp("int8")
+    sections["model"]["path"] = str(checkpoints.save_policy(folder / "policy"))
+    return trained(folder, **sections)
+
+
 @pytest.mark.parametrize(
     ("merged", "found", "said"),
     [
         ({"apart": torch.tensor([-1.0, -2.1])}, {}, "adapter and base in plain peft deviate by up to 0.05 "),
-        ({"merging": 2e-5}, {}, "the merged weights deviate by up to 2e-05"),
+        ({"merging": 2e-5, "lost_by_merging": 0.02}, {}, "the merged weights deviate by up to 2e-05"),
+        ({}, {"rounding": float("nan")}, "log-probs in bfloat16 deviate by up to nan"),
+        ({"merging": 2e-5, "lost_by_merging": 0.001}, {}, None),
         ({}, {"exact": 2e-5}, "the weights that were written deviate by up to 2e-05"),
         ({"apart": torch.tensor([-1.0, -2.1]), "rounding": 0.02}, {"deviation": 0.5}, None),
     ],
 )
 def test_each_step_of_a_merge_is_held_to_its_bound(merged, found, said):
     expected = torch.tensor([-1.0, -2.0])
-    steps = {"apart": expected, "rounding": 0.0, "merging": 0.0, "rounded": expected, "lost": 0.01} | merged
+    steps = {"apart": expected, "rounding": 0.0, "merging": 0.0, "lost_by_merging": 0.0}
+    steps |= {"rounded": expected, "lost": 0.01} | merged
     wanted = Wanted(Path("run"), "merged", dtype="bfloat16")
     source = Source(wanted, Path(), Path(), {}, tiny.recipe(), tiny.recipe(), Path(), None)
     if said is None:
