@@ -189,7 +189,8 @@ def _log(file: Path, event: dict) -> None:
     """Once: a run that is killed before the state it goes on from is on the disk goes back here again."""
     text = file.read_text() if file.exists() else ""
     if text and not text.endswith("\n"):  # the power went
-        file.write_text(text + "\n")
+        with file.open("a") as opened:
+            opened.write("\n")
     said = json.dumps({name: value for name, value in event.items() if name != "time"})[1:]
     if not any(line.endswith(said) for line in text.splitlines()):
         append_jsonl(file, [event])

@@ -1,4 +1,4 @@
-"""RMS norms and rotary positions in a few passes over the numbers, where autograd's own takes three times as many.
+"""RMS norms and rotary positions in fewer passes over the numbers than autograd's own.
 
 Number by number there is little to compute, and memory is what takes the time. Known are those of Llama, to the letter,
 which are those of its many heirs in transformers, too; any others are left as they are.
