@@ -44,20 +44,24 @@ def kind_of(function=None, *arguments, **asked) -> Hashable:
 
 
 class PhaseWeights:
-    """Frozen weights that stay gathered from their first use in a phase to its end: its forwards share one fetch.
+    """Weights that stay gathered from their first use in a phase to its end: all its passes share one fetch.
 
-    An optimizer step ends it too: DeepSpeed then cuts every weight.
+    An optimizer step ends it too: DeepSpeed then cuts every weight, and a trained one is another afterwards.
 
     Args:
         module: under ZeRO-3; below it there is nothing to keep.
-        room_bytes: they are kept if all of them, whole, take no more.
+        room_bytes: frozen weights are kept if all of them, whole, take no more, then trained ones if these fit as well.
     """
 
     def __init__(self, module: nn.Module, room_bytes: int):
         cut = [p for p in module.parameters() if hasattr(p, "ds_id") and not p.ds_persist]
-        frozen = [p for p in cut if not p.requires_grad]
-        whole_bytes = sum(p.ds_numel * p.element_size() for p in frozen)
-        self.parameters = frozen if whole_bytes <= room_bytes else []
+        self.parameters: list[nn.Parameter] = []
+        for trained in (False, True):
+            group = [p for p in cut if p.requires_grad == trained]
+            room_bytes -= sum(p.ds_numel * p.element_size() for p in group)
+            if room_bytes < 0:
+                break
+            self.parameters += group
         for parameter in self.parameters:
             parameter.ds_persist = True  # for DeepSpeed's hooks, which remember what they release: never taken back
 

@@ -6,11 +6,16 @@ Every row's tokens are contiguous and end at the one column that all rows write 
     row 0           a a a a a a            a prompt of 4 that has decoded 2 tokens
     row 1               b b b b            taken in later: its prefill was copied to where it ends now
     row 2             c c c c c            beyond these rows lie free slots
-                    ^ start     ^ end      attention sees the rows' columns from start to end, and the mask the rest
+                    ^ start     ^ end
+
+There are few more columns than that: when the last one is written, the live ones move to the front, with `BLOCK` free
+ones behind them. So attention reads rows whole, and a mask hides what isn't theirs. Read up to `end` alone, each row
+and head would be a piece of memory with a gap behind it, and a processor that reads ahead takes twice as long.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -24,11 +29,18 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
+BLOCK = 64
+"""Free columns after a move: fewer mean more copying, more mean more that attention reads in vain."""
+
 
 @dataclass
 class _Span:
     """Where the live rows lie in the buffers of all layers."""
 
+    columns: int
+    """Of each row, at the moment."""
+    whole: bool
+    """Attention is shown all columns, and positions count from the first; else those from start to end."""
     rows: int = 0
     start: int = 0
     """The leftmost column that a row uses."""
@@ -49,14 +61,22 @@ class _AttentionRows(CacheLayerMixin):
         self.span = span
         self.sliding_window = getattr(like, "sliding_window", None)
         self.is_sliding = self.sliding_window is not None
-        self.buffers = [new.new_zeros(rows, new.shape[1], columns, new.shape[3]) for new in (like.keys, like.values)]
+        self.memory = [new.new_zeros(rows, new.shape[1], columns, new.shape[3]) for new in (like.keys, like.values)]
         self.is_initialized = True
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        """Buffers of the span's columns, without a gap, at the front of the memory."""
+        self.buffers = []
+        for whole in self.memory:
+            rows, heads, _, width = whole.shape
+            shape = (rows, heads, self.span.columns, width)
+            self.buffers.append(whole.view(-1)[: math.prod(shape)].view(shape))
 
     def append(self, prefilled: DynamicLayer, sources: Tensor) -> None:
         rows, end = slice(self.span.rows, self.span.rows + len(sources)), self.span.end
         for buffer, new in zip(self.buffers, (prefilled.keys, prefilled.values), strict=True):
-            # The mask hides what an earlier row left in this slot, but 0 * nan is nan.
-            buffer[rows, :, : end - new.shape[2]] = 0
+            buffer[rows] = 0  # the mask hides what an earlier row left in this slot, but 0 * nan is nan
             buffer[rows, :, end - new.shape[2] : end] = new[sources]
 
     def keep(self, order: Tensor) -> None:
@@ -64,11 +84,14 @@ class _AttentionRows(CacheLayerMixin):
         for buffer in self.buffers if len(moved) else ():
             buffer[moved, :, : self.span.end] = buffer[order[moved], :, : self.span.end]
 
-    def shift(self, end: int) -> None:
-        """Move the live columns left, so that they end at `end`."""
-        start, rows = end - (self.span.end - self.span.start), self.span.rows
-        for buffer in self.buffers:
-            buffer[:rows, :, start:end] = buffer[:rows, :, self.span.start : self.span.end].clone()  # they overlap
+    def move(self, live: slice) -> None:
+        """Move columns `live` so that they end at the span's end, among as many columns as it says."""
+        rows = self.span.rows
+        held = [buffer[:rows, :, live].clone() for buffer in self.buffers]
+        self._lay_out()
+        for buffer, kept in zip(self.buffers, held, strict=True):
+            buffer[:rows] = 0
+            buffer[:rows, :, self.span.end - kept.shape[2] : self.span.end] = kept
 
     # ---- what transformers asks of a layer
 
@@ -78,22 +101,24 @@ class _AttentionRows(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Write one token of every live row; views of all that its attention sees."""
         rows, end = self.span.rows, self.span.end
-        start = end + 1 - self._visible()
         for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[:rows, :, end] = new[:, :, 0]
-        self.keys, self.values = (buffer[:rows, :, start : end + 1] for buffer in self.buffers)
+        self.keys, self.values = (buffer[:rows, :, self._shown()] for buffer in self.buffers)
         return self.keys, self.values
 
-    def _visible(self) -> int:
-        """Columns that the next token sees, its own included."""
-        columns = self.get_seq_length() + 1
-        return min(columns, self.sliding_window) if self.is_sliding else columns
+    def _shown(self) -> slice:
+        """The columns that the next token's attention is shown, its own included."""
+        span = self.span
+        if self.is_sliding and self.sliding_window < (span.columns if span.whole else span.end + 1 - span.start):
+            return slice(max(0 if span.whole else span.start, span.end + 1 - self.sliding_window), span.end + 1)
+        return slice(0, span.columns) if span.whole else slice(span.start, span.end + 1)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._visible(), self.get_seq_length() + 1 - self._visible()
+        shown = self._shown()
+        return shown.stop - shown.start, shown.start - (0 if self.span.whole else self.span.start)
 
     def get_seq_length(self) -> int:
-        return self.span.end - self.span.start
+        return self.span.end - (0 if self.span.whole else self.span.start)
 
     def get_max_length(self) -> int:
         return -1
@@ -111,11 +136,6 @@ class _StillRows(_AttentionRows):
         self.keys, self.values = self.buffers
         for tensor in (*self.buffers, span.column):
             torch._dynamo.mark_static_address(tensor)  # a CUDA graph reads them where they are
-
-    def append(self, prefilled: DynamicLayer, sources: Tensor) -> None:
-        for buffer in self.buffers:  # columns yet to be written are looked at as well
-            buffer[self.span.rows : self.span.rows + len(sources)] = 0
-        super().append(prefilled, sources)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         for buffer, new in ((self.keys, key_states), (self.values, value_states)):
@@ -141,7 +161,7 @@ class _StateRows(LinearAttentionLayer):
     def keep(self, order: Tensor) -> None:
         self.reorder_cache(order)
 
-    def shift(self, end: int) -> None:
+    def move(self, live: slice) -> None:
         """Nothing: states have no columns."""
 
 
@@ -205,18 +225,23 @@ class MovingRows:
     Args:
         rows: most rows at a time.
         prompt_columns: the longest prompt's length.
-        columns: of the buffers; more than prompt and response of any row together. When the last one is full, the live
-            ones move to the front: each spare column puts that off by a token.
+        columns: most columns; more than prompt and response of any row together. Where rows are taken in as others go,
+            each spare one, up to `BLOCK`, puts a move off by a token.
+        whole: attention may be shown columns that are not written yet: see `can_stand_still`.
     """
 
     layers = _LAYERS
 
-    def __init__(self, rows: int, prompt_columns: int, columns: int):
+    def __init__(self, rows: int, prompt_columns: int, columns: int, whole: bool):
         self.cache = Cache(layers=[])
-        self.span = _Span(end=prompt_columns)
         self._sizes = (rows, columns)
         self._prompt_columns = prompt_columns
         self._starts: Tensor  # [rows] int64, each row's first column
+        self.span = _Span(columns=self._columns(prompt_columns), whole=whole, end=prompt_columns)
+
+    def _columns(self, end: int) -> int:
+        """How many there are after a move to `end`."""
+        return min(end + BLOCK, self._sizes[1])
 
     def append(self, prefilled: DynamicCache, lengths: Tensor, sources: Tensor) -> None:
         """Take in rows `sources` of a prefill, each as often as it is named.
@@ -230,8 +255,8 @@ class MovingRows:
         if not self.cache.layers:
             self.cache.layers += [self.layers[type(layer)](layer, span, *self._sizes) for layer in prefilled.layers]
             self._starts = lengths[:0]
-        if span.rows == 0:
-            span.end = self._prompt_columns
+        elif span.rows == 0:
+            self._move()
         for layer, new in zip(self.cache.layers, prefilled.layers, strict=True):
             layer.append(new, sources)
         self._starts = torch.cat([self._starts, span.end - lengths[sources]])
@@ -248,21 +273,27 @@ class MovingRows:
         self.span.rows = rows
         self.span.start = int(self._starts.min()) if rows else self.span.end
 
+    def _move(self) -> None:
+        """Bring the live columns to the front, with room behind them; and a prompt of any length fits before `end`."""
+        live = slice(self.span.start, self.span.end)
+        self.span.end = max(live.stop - live.start, self._prompt_columns)
+        self.span.columns = self._columns(self.span.end)
+        for layer in self.cache.layers:
+            layer.move(live)
+        self._starts -= live.stop - self.span.end
+        self._live(self.span.rows)
+
     def next_mask(self) -> Tensor:
-        """`[rows, columns in sight]` bool, True on real tokens, the next one included."""
-        columns = torch.arange(self.span.start, self.span.end + 1, device=self._starts.device)
-        return columns >= self._starts[:, None]
+        """`[rows, columns]` bool, True on real tokens, the next one included; from start to end where not `whole`."""
+        first, last = (0, self.span.columns) if self.span.whole else (self.span.start, self.span.end + 1)
+        places = torch.arange(first, last, device=self._starts.device)
+        return (places >= self._starts[:, None]) & (places <= self.span.end)
 
     def advance(self) -> None:
         """The token of this column has been written in every layer."""
         self.span.end += 1
-        if self.span.end == self._sizes[1]:
-            end = max(self.span.end - self.span.start, self._prompt_columns)
-            for layer in self.cache.layers:
-                layer.shift(end)
-            self._starts -= self.span.end - end
-            self.span.end = end
-            self._live(self.span.rows)
+        if self.span.end == self.span.columns:
+            self._move()
 
 
 class StillRows(MovingRows):
@@ -273,13 +304,16 @@ class StillRows(MovingRows):
 
     layers = dict.fromkeys((DynamicLayer, DynamicSlidingWindowLayer), _StillRows)
 
+    def _columns(self, end: int) -> int:
+        return self._sizes[1]
+
     def next_mask(self) -> Tensor:
         """`[slots, columns]` bool."""
-        slots, columns = self._sizes
         self.span.column.fill_(self.span.end)
-        places = torch.arange(columns, device=self._starts.device)
-        starts = torch.nn.functional.pad(self._starts, (0, slots - len(self._starts)), value=self.span.end)
-        return (places >= starts[:, None]) & (places <= self.span.end)
+        free = (0, 0, 0, self._sizes[0] - len(self._starts))
+        mask = torch.nn.functional.pad(super().next_mask(), free)
+        mask[len(self._starts) :, self.span.end] = True
+        return mask
 
 
 class FixedRows:

@@ -73,7 +73,7 @@ def load_critic(settings: ModelConfig) -> PreTrainedModel:
 
 def _load(factory, settings: ModelConfig, may_lack: frozenset | set = frozenset(), **config_changes) -> PreTrainedModel:
     transformers.utils.logging.set_verbosity_error()
-    attention.widen_on_cpu()
+    attention.take_over()
     transformers.utils.logging.disable_progress_bar()
     source = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     extra = {"attn_implementation": settings.attn_implementation} if settings.attn_implementation else {}

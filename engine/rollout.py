@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from engine import causal, dist, progress
+from engine import causal, dist, kv_cache, progress
 from engine.batch import Prompts, Rollout
 from engine.config import GenerationConfig
-from engine.kv_cache import FixedRows, MovingRows, StillRows, can_move_rows
+from engine.kv_cache import FixedRows, MovingRows, StillRows, can_move_rows, can_stand_still
 from engine.onednn import packed_linears
 from engine.randomness import Stream
 from engine.sampling import sample, token_uniforms
@@ -30,8 +30,6 @@ PREFILL_TOKENS = 16384
 """Most prompt tokens of one forward, padding included: they bound what its activations take."""
 COMPILED_COLUMNS = 256
 """A compiled step's cache is a multiple of this wide: prompts of other lengths seldom have it compiled anew."""
-SPARE_COLUMNS = 64
-"""Tokens between two moves of the cache to the front of its buffers, which go on as long as prompts are taken in."""
 
 
 def generate(
@@ -147,12 +145,14 @@ class _Decoding:
         self.indices = self.tokens = torch.empty(0, dtype=torch.int64)  # [live rows]: which prompts, and drawn last
         if len(prompts):
             longest, most = int(prompts.prompt_lengths.max()), int(self.limits.max())
-            spare = SPARE_COLUMNS if self.slots < len(prompts) else 0
-            columns = longest + most + spare
-            if compiled:
+            columns = longest + most + (kv_cache.BLOCK if self.slots < len(prompts) else 0)
+            if not can_move:
+                self.rows = FixedRows()
+            elif compiled:
                 columns = math.ceil(columns / COMPILED_COLUMNS) * COMPILED_COLUMNS
-            kind = StillRows if compiled else MovingRows
-            self.rows = kind(self.slots, longest, columns) if can_move else FixedRows()
+                self.rows = StillRows(self.slots, longest, columns, whole=True)
+            else:
+                self.rows = MovingRows(self.slots, longest, columns, whole=can_stand_still(module))
         self.step = _compiled(module) if compiled else module
         self._banned: Tensor | None = None
 

@@ -283,7 +283,7 @@ class FrozenEngine:
 def phase_weights(
     module: nn.Module, keep_bytes: int | str, device: torch.device, offloaded: bool = False
 ) -> PhaseWeights:
-    """What of a module's frozen weights stays gathered for a phase; the same on every rank (a collective).
+    """What of a module's weights stays gathered for a phase; the same on every rank (a collective).
 
     Args:
         keep_bytes: zero.keep_gathered_bytes of the recipe.

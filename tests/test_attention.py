@@ -1,4 +1,4 @@
-"""Attention in 16 bit on a CPU: computed in float32, by every model whose attention is sdpa."""
+"""Attention on a CPU: in float32 whatever the inputs, a token's as products, by every model whose attention is sdpa."""
 
 from __future__ import annotations
 
@@ -21,26 +21,34 @@ def registered():
     AttentionInterface.register("sdpa", sdpa_attention_forward)
 
 
-def inputs(dtype, heads=4, kv_heads=2):
+def inputs(dtype, heads=4, kv_heads=2, queries=9):
     torch.manual_seed(0)
-    shapes = [(2, heads, 9, 8), (2, kv_heads, 9, 8), (2, kv_heads, 9, 8)]
+    shapes = [(2, heads, queries, 8), (2, kv_heads, 9, 8), (2, kv_heads, 9, 8)]
     return [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
 
 
-def outputs(function, tensors, mask):
+def outputs(function, tensors, mask, **settings):
     module = nn.Module()
     module.num_key_value_groups, module.is_causal = 2, True
-    output = function(module, *tensors, mask)[0]
+    output = function(module, *tensors, mask, **settings)[0]
     output.backward(torch.ones_like(output) * torch.arange(8).to(output.dtype))
     return [output, *(x.grad for x in tensors)]
 
 
-def exact(tensors, mask):
+def exact(tensors, mask, scaling=None):
     wide = [x.detach().double().requires_grad_() for x in tensors]
     query, key, value = wide[0], *(x.repeat_interleave(2, dim=1) for x in wide[1:])
-    output = scaled_dot_product_attention(query, key, value, mask).transpose(1, 2)
+    output = scaled_dot_product_attention(query, key, value, mask, scale=scaling).transpose(1, 2)
     output.backward(torch.ones_like(output) * torch.arange(8))
     return [output, *(x.grad for x in wide)]
+
+
+def assert_rounded_once(found, wanted, dtype):
+    for own, other in zip(found, wanted, strict=True):
+        assert own.dtype == dtype
+        # What is left is one rounding, of the result: half a unit in the last place.
+        error, allowed = (own.double() - other).abs(), torch.finfo(dtype).eps / 2 * other.abs()
+        assert (error <= 1.01 * allowed + 4e-6 * other.abs().max()).all()
 
 
 @pytest.mark.parametrize("kind", ["bool", "float"])
@@ -50,13 +58,32 @@ def test_against_float64(dtype, kind):
     mask[1, ..., 0] = False
     mask[1, :, 0, 0] = True
     wanted = exact(inputs(dtype), mask)
-    given = mask if kind == "bool" else torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
-    found = outputs(attention._sdpa, inputs(dtype), given)
-    for own, other in zip(found, wanted, strict=True):
-        assert own.dtype == dtype
-        # What is left is one rounding, of the result: half a unit in the last place.
-        error, allowed = (own.double() - other).abs(), torch.finfo(dtype).eps / 2 * other.abs()
-        assert (error <= 1.01 * allowed + 4e-6 * other.abs().max()).all()
+    given = mask if kind == "bool" else as_floats(mask, dtype)
+    assert_rounded_once(outputs(attention._sdpa, inputs(dtype), given), wanted, dtype)
+
+
+def as_floats(mask, dtype):
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+@pytest.mark.parametrize("kind", ["bool", "float", "each head its own", "none"])
+@pytest.mark.parametrize("scaling", [None, 0.7])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_one_token_against_float64(dtype, scaling, kind, monkeypatch):
+    """What a decoding step asks for: heads share keys, columns on both sides are not to be seen."""
+    mask = torch.ones(2, 4 if kind == "each head its own" else 1, 1, 9, dtype=torch.bool)
+    mask[..., 8], mask[1, ..., :3], mask[1, -1:, :, 5] = False, False, False
+    wanted = exact(inputs(dtype, queries=1), None if kind == "none" else mask, scaling)
+    given = {"float": as_floats(mask, dtype), "none": None}.get(kind, mask)
+    monkeypatch.setattr(attention, "sdpa_attention_forward", None)
+    assert_rounded_once(outputs(attention._sdpa, inputs(dtype, queries=1), given, scaling=scaling), wanted, dtype)
+
+
+def test_what_is_special_is_left_to_transformers(monkeypatch):
+    monkeypatch.setattr(attention, "sdpa_attention_forward", lambda *given, **settings: (given[1], settings))
+    tensors = inputs(torch.float32, queries=1)
+    for special in ({"dropout": 0.1}, {"softcap": 30.0}, {"position_bias": torch.zeros(2, 4, 1, 9)}):
+        assert attention._sdpa(nn.Module(), *tensors, None, **special)[1].keys() == special.keys()
 
 
 def test_a_loaded_model_computes_so(tmp_path, registered, monkeypatch):

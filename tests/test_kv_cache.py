@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from engine import causal, dist
+from engine import causal, dist, kv_cache
 from engine import rollout as rollout_module
 from engine.config import GenerationConfig
 from engine.kv_cache import MovingRows, can_move_rows, can_stand_still
@@ -28,7 +28,7 @@ class Watched:
     """What each forward of a module was given: `(rows, tokens)`, and the cache's buffers after it."""
 
     def __init__(self, monkeypatch):
-        self.forwards, self.storages, self.caches = [], [], []
+        self.forwards, self.storages, self.gaps, self.caches = [], [], [], []
         monkeypatch.setattr(rollout_module.causal, "call", self._call)
 
     def _call(self, module, ids, mask, *, past_key_values, call=causal.call, **keywords):
@@ -39,6 +39,7 @@ class Watched:
             self.storages.append(
                 [s.untyped_storage().data_ptr() for layer in layers for s in (layer.keys, layer.values)]
             )
+            self.gaps += [not s.is_contiguous() for layer in layers for s in (layer.keys, layer.values)]
         self.caches.append(weakref.ref(past_key_values))
         return output
 
@@ -100,27 +101,36 @@ def test_prefills_are_grouped_and_bounded(monkeypatch):
 
 
 def test_the_buffers_stay_and_then_go(monkeypatch):
+    monkeypatch.setattr(kv_cache, "BLOCK", 4)
     watched, prompts = Watched(monkeypatch), prompts_of([5, 8, 2, 8, 3, 4])
     rollout = generate(tiny.llama(), prompts, GenerationConfig(max_new_tokens=15, max_concurrent_sequences=3), STOPS, 0)
     assert rollout.response_lengths.unique().numel() > 3, "rows come and go"
     assert len(watched.storages) > 15 and all(storages == watched.storages[0] for storages in watched.storages)
     assert len(set(watched.storages[0])) == 4, "two layers, keys and values"
+    assert not any(watched.gaps)
     gc.collect()
     assert not any(cache() for cache in watched.caches)
 
 
 def test_buffers_are_as_large_as_needed(monkeypatch):
     sizes = []
-    monkeypatch.setattr(rollout_module, "MovingRows", lambda *given: sizes.append(given) or MovingRows(*given))
+
+    class Recorded(MovingRows):
+        def __init__(self, *given, whole):
+            sizes.append(given)
+            super().__init__(*given, whole=whole)
+
+    monkeypatch.setattr(rollout_module, "MovingRows", Recorded)
     prompts, limits = prompts_of([5, 8, 2]), torch.tensor([7, 3, 9])
     prompts = dataclasses.replace(prompts, max_new_tokens=limits)
     for concurrent in (64, 2):
         settings = GenerationConfig(max_new_tokens=15, max_concurrent_sequences=concurrent)
         generate(tiny.llama(), prompts, settings, STOPS, seed=0)
-    assert sizes == [(3, 8, 8 + 9), (2, 8, 8 + 9 + rollout_module.SPARE_COLUMNS)]
+    assert sizes == [(3, 8, 8 + 9), (2, 8, 8 + 9 + kv_cache.BLOCK)]
 
 
-def test_what_an_earlier_row_left_is_not_seen():
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_an_earlier_row_left_is_not_seen(whole):
     """Nor multiplied by 0: its keys may be nan, where a 16-bit model has overflown."""
     module, prompts = tiny.llama(), prompts_of([8, 3, 8, 5])
 
@@ -140,7 +150,7 @@ def test_what_an_earlier_row_left_is_not_seen():
             rows.advance()
         return output.logits[:, -1]
 
-    rows = MovingRows(rows=3, prompt_columns=8, columns=14)
+    rows = MovingRows(rows=3, prompt_columns=8, columns=14, whole=whole)
     rows.append(*prefilled([2, 1, 0], spoilt=[0, 1]), torch.arange(3))
     decode(rows, 2)
     rows.keep(torch.tensor([2]))
@@ -163,7 +173,7 @@ def checkpoint(tmp_path_factory):
 @pytest.mark.parametrize("name", families.FAMILIES)
 def test_every_family_decodes_as_whole_sequences_do(name, checkpoint, monkeypatch):
     """Rows come, go and move: windows, latent attention, alibi, states of recurrent layers and all."""
-    monkeypatch.setattr(rollout_module, "SPARE_COLUMNS", 3)
+    monkeypatch.setattr(kv_cache, "BLOCK", 3)
     module = AutoModelForCausalLM.from_pretrained(checkpoint(name)).eval()
     assert can_move_rows(module.config)
     limits = torch.tensor([10, 4, 7, 10, 2, 10, 10, 5, 3, 10])

@@ -1,14 +1,14 @@
-"""Frozen weights that stay gathered for a phase: fetched once, the same results, and given back at its end."""
+"""Weights that stay gathered for a phase: fetched once, the same results, and given back at its end."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from engine import device_memory, dist, reward_sources, traffic, zero
 from engine.hybrid_engine import HybridEngine
-from engine.roles import ACTOR, CRITIC, RolesModel
+from engine.roles import ACTOR, CRITIC, RolesModel, ValueModel
 from engine.update import update
 from tests import tiny
 
@@ -18,20 +18,33 @@ STEPS = 4
 """Of one update: 2 epochs of 7 sequences by 4."""
 
 
-def engine_of(keep: int | str, vocabulary: int = tiny.VOCABULARY, stage: str = "zero3") -> HybridEngine:
-    recipe = tiny.recipe(zero={"ds_config": tiny.ds_config(stage), "keep_gathered_bytes": keep})
+FROZEN = {"home": "adapter"}
+TRAINED = {"home": "model", "train": "full"}
+
+
+def engine_of(
+    keep: int | str, vocabulary: int = tiny.VOCABULARY, stage: str = "zero3", critic: dict = FROZEN
+) -> HybridEngine:
+    recipe = tiny.recipe(zero={"ds_config": tiny.ds_config(stage), "keep_gathered_bytes": keep}, critic=critic)
     torch.manual_seed(0)
     base = LlamaForCausalLM(tiny.config(vocab_size=vocabulary)).requires_grad_(False)
-    return HybridEngine(RolesModel(base, recipe), recipe)
+    own = None
+    if critic == TRAINED:
+        own = ValueModel(
+            LlamaForSequenceClassification(tiny.config(vocab_size=vocabulary, num_labels=1)), recipe.critic
+        )
+    return HybridEngine(RolesModel(base, recipe), recipe, own)
 
 
 def gathered(engine: HybridEngine) -> int:
-    return sum(hasattr(p, "ds_id") and zero.is_gathered(p) for p in engine.roles.frozen_parameters().values())
+    parameters = [*engine.roles.frozen_parameters().values()]
+    parameters += [] if engine.critic is None else engine.critic.parameters()
+    return sum(hasattr(p, "ds_id") and zero.is_gathered(p) and not p.ds_persist for p in parameters)
 
 
-def phases(keep: int, vocabulary: int = tiny.VOCABULARY, stage: str = "zero3") -> dict:
+def phases(keep: int, vocabulary: int = tiny.VOCABULARY, stage: str = "zero3", critic: dict = FROZEN) -> dict:
     """What a rank fetches and computes in inference and in an update, twice in turn."""
-    engine, found = engine_of(keep, vocabulary, stage), {"bytes": [], "left": [], "results": []}
+    engine, found = engine_of(keep, vocabulary, stage, critic), {"bytes": [], "left": [], "results": []}
     for iteration in range(2):
         start = traffic.received["gathered"]
         rollout, evaluation = tiny.evaluated(engine, engine.recipe, tiny.rollout(rows=4 - dist.rank()))
@@ -48,21 +61,23 @@ def phases(keep: int, vocabulary: int = tiny.VOCABULARY, stage: str = "zero3") -
     return found
 
 
+@pytest.mark.parametrize("critic", [FROZEN, TRAINED], ids=lambda critic: critic["home"])
 @pytest.mark.parametrize("stage", ["zero3", "zero2"])
-def test_results_are_the_same_bitwise_and_no_weight_is_left(pool, stage):
-    kept, cut = (pool.run(phases, keep, tiny.VOCABULARY, stage)[0] for keep in (10**9, 0))
+def test_results_are_the_same_bitwise_and_no_weight_is_left(pool, stage, critic):
+    kept, cut = (pool.run(phases, keep, tiny.VOCABULARY, stage, critic)[0] for keep in (10**9, 0))
     assert all(torch.equal(a, b) for a, b in zip(kept["results"], cut["results"], strict=True))
     assert kept["left"] == [0] * 4
 
 
-def test_a_frozen_matrix_is_fetched_once_in_inference_and_once_for_each_step(pool):
-    """By two vocabularies: embedding and head grow, and a rank of two lacks half of each.
+@pytest.mark.parametrize(("critic", "matrices"), [(FROZEN, 2), (TRAINED, 3)], ids=["frozen", "trained"])
+def test_a_matrix_is_fetched_once_in_inference_and_once_for_each_step(pool, critic, matrices):
+    """By two vocabularies: embeddings and head grow, and a rank of two lacks half of each.
 
     From the second iteration on: in a first forward DeepSpeed learns the order, and drops all at its end.
     """
-    small, large = (pool.run(phases, 10**9, vocabulary)[0]["bytes"] for vocabulary in (50, 1050))
-    both = 2 * 1000 * tiny.config().hidden_size * 4 / 2
-    growth = [(b - a) / both for a, b in zip(small[1], large[1], strict=True)]
+    small, large = (pool.run(phases, 10**9, vocabulary, "zero3", critic)[0]["bytes"] for vocabulary in (50, 1050))
+    grown = matrices * 1000 * tiny.config().hidden_size * 4 / 2
+    growth = [(b - a) / grown for a, b in zip(small[1], large[1], strict=True)]
     assert growth == [1, STEPS]
 
 
@@ -96,7 +111,8 @@ def test_a_reward_model_is_fetched_once_unless_its_shards_are_offloaded(pool, tm
         assert left == 0
 
 
-def kept_where(free: int, keep: int | str, offloaded: bool) -> bool:
+def kept_where(free: int, keep: int | str, offloaded: bool) -> list[bool]:
+    """Of frozen weights and of trained ones, whether they are kept."""
     whole = device_memory.free_bytes
     device_memory.free_bytes = lambda *_: free
     try:
@@ -105,12 +121,14 @@ def kept_where(free: int, keep: int | str, offloaded: bool) -> bool:
         engine.close()
     finally:
         device_memory.free_bytes = whole
-    return bool(found.parameters)
+    return [any(p.requires_grad == trained for p in found.parameters) for trained in (False, True)]
 
 
 def test_auto_keeps_what_a_tenth_of_the_free_memory_holds(pool):
     frozen = sum(p.nbytes for p in LlamaForCausalLM(tiny.config()).parameters())
     enough = 10 * frozen
     asked = [(enough, "auto", False), (enough - 10, "auto", False), (enough, "auto", True)]
-    asked += [(0, frozen, True), (enough, frozen - 1, False)]
-    assert [pool.run(kept_where, *one)[0] for one in asked] == [True, False, False, True, False]
+    asked += [(0, frozen, True), (enough, frozen - 1, False), (0, 2 * frozen, False)]
+    kept = [pool.run(kept_where, *one)[0] for one in asked]
+    nothing, first, both = [False, False], [True, False], [True, True]
+    assert kept == [first, nothing, nothing, first, nothing, both]
