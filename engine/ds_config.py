@@ -59,8 +59,9 @@ OWNED_KEYS = {
 }
 
 # Buckets are allocated whole however little trains (DeepSpeed's default is 5e8 elements, 2 GB in float32), so "auto"
-# follows the trained elements, up to 200 MB in float32: a full model still overlaps reduction and backward.
-LARGEST_AUTO_BUCKET = 50_000_000
+# follows the trained elements, up to 200 MB in float32: a full model still overlaps reduction and backward. On a CPU up
+# to 32 MB: a larger piece is new memory each time, whose pages cost more to get than to fill.
+LARGEST_AUTO_BUCKET = {"cuda": 50_000_000, "cpu": 8_000_000}
 DEFAULT_SUB_GROUP = 1_000_000_000
 # Elements up to which a parameter stays whole on every rank whatever else is: norms and biases, but no matrix.
 SMALL_PARAMETER = 10_000
@@ -141,6 +142,7 @@ def resolve_ds_config(
     trainable_parameters: int,
     largest_adapter: int = 0,
     prefetch_elements: int = 50_000_000,
+    on_cuda: bool | None = None,
 ) -> dict:
     """`raw` with every "auto" and every omission that matters here filled in.
 
@@ -152,6 +154,7 @@ def resolve_ds_config(
         trainable_parameters: elements that train, over all roles and ranks.
         largest_adapter: elements of the largest matrix of an adapter; 0: there is none.
         prefetch_elements: how much ZeRO-3 fetches ahead.
+        on_cuda: whether the job's devices are CUDA's; None: whether this machine has one.
 
     Raises:
         RecipeError: everything in `raw` that contradicts these.
@@ -172,7 +175,8 @@ def resolve_ds_config(
     config["gradient_clipping"] = 0.0
     problems += _resolve_dtype(config, dtype)
     if isinstance(config.get("zero_optimization", {}), dict):
-        problems += _resolve_zero(config, trainable_parameters, largest_adapter, prefetch_elements)
+        on_cuda = _has_cuda() if on_cuda is None else on_cuda
+        problems += _resolve_zero(config, trainable_parameters, largest_adapter, prefetch_elements, on_cuda)
     left = _autos(config)
     if left:
         problems.append(f'no value is known for "auto" at {", ".join(left)}; write a number or leave the key out')
@@ -200,10 +204,12 @@ def _resolve_dtype(config: dict, dtype: str) -> list[str]:
     return problems
 
 
-def _resolve_zero(config: dict, trainable_parameters: int, largest_adapter: int, prefetch: int) -> list[str]:
+def _resolve_zero(
+    config: dict, trainable_parameters: int, largest_adapter: int, prefetch: int, on_cuda: bool
+) -> list[str]:
     zero = config.setdefault("zero_optimization", {})
     stage = zero.setdefault("stage", 0)
-    bucket = max(1, min(trainable_parameters, LARGEST_AUTO_BUCKET))
+    bucket = max(1, min(trainable_parameters, LARGEST_AUTO_BUCKET["cuda" if on_cuda else "cpu"]))
     for key in ("reduce_bucket_size", "allgather_bucket_size"):
         if zero.get(key, "auto") == "auto":
             zero[key] = bucket
@@ -228,7 +234,7 @@ def _resolve_zero(config: dict, trainable_parameters: int, largest_adapter: int,
         zero["sub_group_size"] = max(DEFAULT_SUB_GROUP, trainable_parameters) if given == "auto" else given
     for key in ("offload_optimizer", "offload_param"):
         if _offloads(zero, key) and zero[key].get("pin_memory") == "auto":
-            zero[key]["pin_memory"] = _has_cuda()
+            zero[key]["pin_memory"] = on_cuda
     if _offloads(zero, "offload_optimizer"):
         # DeepSpeed otherwise insists on making the optimizer itself, with one learning rate for all roles.
         config.setdefault("zero_force_ds_cpu_optimizer", False)

@@ -183,9 +183,19 @@ def test_dtype_follows_the_recipe():
     assert "fp16.enabled must be false" in said and "model.dtype bfloat16" in said
 
 
-@pytest.mark.parametrize(("trained", "bucket"), [(1000, 1000), (49_999_999, 49_999_999), (7_000_000_000, 50_000_000)])
-def test_buckets_follow_what_trains(trained, bucket):
-    zero = resolve({"zero_optimization": {"stage": 2}}, trainable_parameters=trained)["zero_optimization"]
+@pytest.mark.parametrize(
+    ("trained", "on_cuda", "bucket"),
+    [
+        (1000, None, 1000),
+        (49_999_999, True, 49_999_999),
+        (7_000_000_000, True, 50_000_000),
+        (7_999_999, False, 7_999_999),
+        (7_000_000_000, False, 8_000_000),
+    ],
+)
+def test_buckets_follow_what_trains(trained, on_cuda, bucket):
+    raw = {"zero_optimization": {"stage": 2}}
+    zero = resolve(raw, trainable_parameters=trained, on_cuda=on_cuda)["zero_optimization"]
     assert zero["reduce_bucket_size"] == zero["allgather_bucket_size"] == bucket
     given = resolve({"zero_optimization": {"stage": 2, "reduce_bucket_size": 77}})["zero_optimization"]
     assert given["reduce_bucket_size"] == 77
