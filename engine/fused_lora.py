@@ -96,7 +96,10 @@ class _Product:
     up: Tensor
 
     def compute(self) -> Tensor:
-        return self.act(self.gate) * self.up
+        active = self.act(self.gate)
+        if torch.is_grad_enabled() or active is self.gate:
+            return active * self.up
+        return active.mul_(self.up)
 
 
 def _active(layer: LoraLinear) -> tuple[Tensor, Tensor, float] | None:

@@ -28,6 +28,8 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.weight.device.type != "cpu" or torch.compiler.is_compiling():
             return super().forward(x)
+        if not torch.is_grad_enabled():
+            return _linear(x, self.operand, self.bias)
         return _Linear.apply(x, self.operand, self.bias)
 
 
@@ -66,14 +68,18 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     return x @ weight.t()  # in 16 bit that is oneDNN's on a CPU as well
 
 
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    result = product(x, weight)
+    return result if bias is None else result.add_(bias)
+
+
 class _Linear(Function):
     """x W^T + bias. W is saved as the parameter it is: ZeRO-3 lets its data go and fetches it again."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        result = product(x, weight)
-        return result if bias is None else result.add_(bias)
+        return _linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:

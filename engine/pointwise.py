@@ -62,7 +62,18 @@ def _has_known_rotary(file: ModuleType) -> bool:
 def _norm(module: nn.Module, x: Tensor) -> Tensor:
     if torch.compiler.is_compiling():  # the compiler joins passes itself
         return type(module).forward(module, x)
+    if not torch.is_grad_enabled():
+        return _normed(x, module.weight, module.variance_epsilon)[0]
     return _RMSNorm.apply(x, module.weight, module.variance_epsilon)
+
+
+def _normed(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """The norm, and what each row is multiplied by."""
+    wide = x.float()
+    mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+    scale = mean_square.add_(epsilon).rsqrt_()
+    normed = (wide * scale).to(x.dtype)
+    return (normed.mul_(weight) if weight.dtype == normed.dtype else normed * weight), scale
 
 
 class _RMSNorm(Function):
@@ -73,12 +84,9 @@ class _RMSNorm(Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        wide = x.float()
-        mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        scale = mean_square.add_(epsilon).rsqrt_()
+        result, scale = _normed(x, weight, epsilon)
         ctx.save_for_backward(x, weight, scale)
-        normed = (wide * scale).to(x.dtype)
-        return normed.mul_(weight) if weight.dtype == normed.dtype else normed * weight
+        return result
 
     @staticmethod
     def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -107,6 +115,8 @@ def rotary(original, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_d
     if torch.compiler.is_compiling() or cos.shape[-1] != q.shape[-1] or cos.dtype != q.dtype:
         return original(q, k, cos, sin, unsqueeze_dim)
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    if not torch.is_grad_enabled():
+        return _rotated(q, cos, *sin.chunk(2, -1)), _rotated(k, cos, *sin.chunk(2, -1))
     return _Rotation.apply(q, cos, sin), _Rotation.apply(k, cos, sin)
 
 

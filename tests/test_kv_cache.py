@@ -28,7 +28,7 @@ class Watched:
     """What each forward of a module was given: `(rows, tokens)`, and the cache's buffers after it."""
 
     def __init__(self, monkeypatch):
-        self.forwards, self.storages, self.gaps, self.caches = [], [], [], []
+        self.forwards, self.storages, self.gaps, self.widths, self.caches = [], [], [], [], []
         monkeypatch.setattr(rollout_module.causal, "call", self._call)
 
     def _call(self, module, ids, mask, *, past_key_values, call=causal.call, **keywords):
@@ -40,6 +40,7 @@ class Watched:
                 [s.untyped_storage().data_ptr() for layer in layers for s in (layer.keys, layer.values)]
             )
             self.gaps += [not s.is_contiguous() for layer in layers for s in (layer.keys, layer.values)]
+            self.widths.append(layers[0].keys.shape[2])
         self.caches.append(weakref.ref(past_key_values))
         return output
 
@@ -108,6 +109,7 @@ def test_the_buffers_stay_and_then_go(monkeypatch):
     assert len(watched.storages) > 15 and all(storages == watched.storages[0] for storages in watched.storages)
     assert len(set(watched.storages[0])) == 4, "two layers, keys and values"
     assert not any(watched.gaps)
+    assert min(watched.widths) == 8 + kv_cache.BLOCK and max(watched.widths) < 8 + 15 + kv_cache.BLOCK
     gc.collect()
     assert not any(cache() for cache in watched.caches)
 
@@ -130,8 +132,9 @@ def test_buffers_are_as_large_as_needed(monkeypatch):
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_what_an_earlier_row_left_is_not_seen(whole):
+def test_what_an_earlier_row_left_is_not_seen(whole, monkeypatch):
     """Nor multiplied by 0: its keys may be nan, where a 16-bit model has overflown."""
+    monkeypatch.setattr(kv_cache, "BLOCK", 2)
     module, prompts = tiny.llama(), prompts_of([8, 3, 8, 5])
 
     def prefilled(rows, width=8, spoilt=()):

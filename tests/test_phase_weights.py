@@ -37,9 +37,11 @@ def engine_of(
 
 
 def gathered(engine: HybridEngine) -> int:
-    parameters = [*engine.roles.frozen_parameters().values()]
-    parameters += [] if engine.critic is None else engine.critic.parameters()
-    return sum(hasattr(p, "ds_id") and zero.is_gathered(p) and not p.ds_persist for p in parameters)
+    """How many weights are whole that aren't at all times."""
+    engines = {engine.engine, engine.critic_engine}
+    always = {id(p) for one in engines for p in one._kept_whole}
+    cut = [p for one in engines for p in one.module.parameters() if hasattr(p, "ds_id") and id(p) not in always]
+    return sum(map(zero.is_gathered, cut))
 
 
 def phases(keep: int, vocabulary: int = tiny.VOCABULARY, stage: str = "zero3", critic: dict = FROZEN) -> dict:

@@ -112,6 +112,8 @@ def test_outputs_and_gradients_of_every_family(name, tmp_path):
         (output.log_softmax(-1) * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
         found.append({key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None})
         found[-1]["logits"] = output.detach()
+        with torch.no_grad():
+            found[-1]["logits, no graph"] = model(ids).logits.float()
         model.zero_grad()
     largest = max(value.abs().max().item() for value in found[0].values())  # some are noise
     for key, value in found[0].items():
