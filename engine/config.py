@@ -224,8 +224,7 @@ class ZeroConfig(Section):
     ds_config: str = "ds_configs/zero3.json"
     """DeepSpeed JSON of the trained engine; "auto" values are filled from the recipe."""
     keep_gathered_bytes: NonNegativeInt | Literal["auto"] = "auto"
-    """ZeRO-3: a model's weights stay gathered, frozen ones until a phase ends, trained ones until the optimizer steps,
-    if they take no more, whole; frozen ones go first. auto: a tenth of free memory."""
+    """ZeRO-3: weights of a model that take no more stay gathered, frozen ones first; auto: a tenth of free memory."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward: less memory, one more forward."""
     offload_activations: bool = False
