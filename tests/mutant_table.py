@@ -39,6 +39,7 @@ def ppo(name: str, old: str, new: str, breaks: str, test: str = "") -> Mutant:
 
 
 EXPORTING = "tests/test_exporting.py"
+PLANNED = "test_planner.py::test_model_state_to_the_byte"
 
 MUTANTS = [
     # --- engine/ppo.py: masks, means, whitening
@@ -1774,8 +1775,8 @@ MUTANTS += [
     alone(
         "fused-gradient-to-b-unscaled",
         "fused_lora",
-        "(into.t() @ low).mul_(ctx.scaling)",
-        "(into.t() @ low)",
+        "(low.t() @ into).t() * ctx.scaling",
+        "(low.t() @ into).t()",
         "B learns at another rate than A",
         "test_fused_lora.py::test_outputs_and_gradients_are_those_of_peft",
     ),
@@ -2088,6 +2089,39 @@ MUTANTS += [
         "the backward takes each half's sine for the other's",
         ("tests/test_pointwise.py::test_rotary_positions_are_llamas",),
         short=True,
+    ),
+    # --- the planner
+    ranks(
+        "plan-without-padding",
+        "planner",
+        "return math.ceil(weight.elements / ranks)",
+        "return weight.elements // ranks",
+        "the padding of weights that don't divide is forgotten",
+        PLANNED,
+    ),
+    ranks(
+        "plan-small-weights-once",
+        "planner",
+        "_shard(w, ranks) * ranks * w.itemsize for w in small",
+        "0 for w in small",
+        "weights that are whole beside their shards count once",
+        PLANNED,
+    ),
+    ranks(
+        "plan-gradients-as-cut",
+        "planner",
+        "if start < (rank + 1) * part and end > rank * part else 0",
+        "if start < (rank + 1) * part and start >= rank * part else 0",
+        "a gradient that lies on the border of two ranks' parts is missed",
+        PLANNED,
+    ),
+    ranks(
+        "plan-copies-what-is-replaced",
+        "planner",
+        "actors = [w for w in actors if w.name not in replaced]",
+        "pass",
+        "the sampler is given an embedding that the actor doesn't use",
+        "test_planner.py::test_the_samplers_copy_to_the_byte",
     ),
     # --- exports
     Mutant(

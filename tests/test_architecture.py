@@ -17,9 +17,11 @@ LAYERS = [
     {"role_steps", "optimizer_state", "sharded_loading", "identity", "run_state", "findings"},
     {"zero", "ds_config", "plugins", "command_line", "console", "minibatches", "models", "prompts", "metrics"}
     | {"scoring", "flops", "machine", "kv_cache"},
-    {"adapters", "sampling", "fused_lora", "vocabulary_head", "model_card", "merging", "chat"} | {"environment_checks"},
-    {"roles", "adapter_checks"},
-    {"weight_groups"},
+    {"adapters", "sampling", "fused_lora", "vocabulary_head", "model_card", "merging", "chat"}
+    | {"environment_checks"}
+    | {"shapes"},
+    {"roles", "adapter_checks", "planner"},
+    {"weight_groups", "plan_report"},
     {"replica", "model_checks"},
     {"hybrid_engine", "checks", "logprob_memory"},
     {"checkpoint", "export", "reward_sources", "watchdog"},

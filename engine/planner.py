@@ -1,0 +1,263 @@
+"""Predicts the bytes of a rank by phase and part, before anything is launched.
+
+What DeepSpeed 0.19.8 keeps of weights, gradients and optimizer at each stage is counted to the byte, alignment, padding
+and buffers included; so are the sampler's copy, a full KV cache and the buffers of log-probs. Not counted: activations,
+and the layers that ZeRO-3 gathers for a forward.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from engine import models, shapes
+from engine.config import Recipe
+from engine.device_memory import kv_cache_bytes
+from engine.ds_config import resolve_ds_config
+from engine.kv_cache import BLOCK
+from engine.shapes import Home, Weight
+from engine.vocabulary_head import LOGITS_BYTES
+
+WEIGHTS, MASTERS, MOMENTS, GRADIENTS, BUCKETS = "weights", "masters", "moments", "gradients", "buckets"
+COPY, CACHE, LOGITS = "sampler's copy", "KV cache", "log-probs"
+SCALAR = 4
+"""torch's AdamW counts the steps of each of its tensors in a float32, DeepSpeed's for offloaded ones in Python."""
+
+
+@dataclass
+class Bytes:
+    """Of one rank: on its device, and in host memory, by part."""
+
+    device: Counter = field(default_factory=Counter)
+    host: Counter = field(default_factory=Counter)
+
+    def __add__(self, other: Bytes) -> Bytes:
+        return Bytes(self.device + other.device, self.host + other.host)
+
+
+def phases(
+    recipe: Recipe, raw: dict, ranks: int, on_cuda: bool, device_memory: int | None = None
+) -> dict[str, dict[str, Bytes]]:
+    """Bytes of a rank by phase and home.
+
+    Args:
+        raw: the recipe's DeepSpeed configuration, as read.
+        ranks: that share the work and, from stage 1 on, the model.
+        on_cuda: the devices are CUDA's.
+        device_memory: bytes of one device, which the sampler's copy is made to fit as the engine does it; None: all of
+            the copy is resident, unless the recipe has a budget.
+
+    Raises:
+        RecipeError: a model's config can't be read, or contradicts the recipe.
+    """
+    homes = shapes.homes(recipe)
+    training = {home.name: state(home, recipe, raw, ranks, on_cuda) for home in homes}
+    resting = {home.name: _resting(training[home.name], home, raw) for home in homes}
+    shared = homes[0]
+    room = None
+    if device_memory is not None:
+        room = device_memory - sum(sum(of.device.values()) for of in resting.values())
+    decoding = _generation(shared, recipe, resolve(shared, recipe, raw, ranks, on_cuda), ranks, room)
+    generation = resting | {shared.name: resting[shared.name] + decoding}
+    logits = Bytes(Counter({LOGITS: 3 * LOGITS_BYTES}))
+    return {
+        "generation": generation,
+        "inference": resting | {shared.name: resting[shared.name] + logits},
+        "training": training | {shared.name: training[shared.name] + logits},
+    }
+
+
+def _resting(training: Bytes, home: Home, raw: dict) -> Bytes:
+    """What is left of a home outside of training: from stage 3 on gradients and buckets are allocated once for all."""
+    if home.frozen_engine or _stage(raw) == 3:
+        return training
+    device = Counter({part: size for part, size in training.device.items() if part not in (GRADIENTS, BUCKETS)})
+    return Bytes(device, training.host)
+
+
+def _generation(home: Home, recipe: Recipe, config: dict, ranks: int, room: int | None) -> Bytes:
+    """The sampler's copy of the actor, and a KV cache of sequences as long as they may get.
+
+    Args:
+        room: free bytes of the device; None: unlimited.
+    """
+    settings, dtype = recipe.generation, models.DTYPES[recipe.model.dtype]
+    sequences = math.ceil(recipe.data.prompts_per_iteration * recipe.data.samples_per_prompt / ranks)
+    rows = min(settings.max_concurrent_sequences, sequences)
+    columns = recipe.data.max_prompt_tokens + settings.max_new_tokens
+    spare = BLOCK if rows < sequences else 0
+    found = Bytes(Counter({CACHE: kv_cache_bytes(home.model.config, rows, columns + spare, dtype)}))
+    copy, largest = copy_bytes(home, recipe, config)
+    budget = settings.gather_budget_bytes
+    if budget == "auto" and room is not None:  # as HybridEngine decides it
+        cache = kv_cache_bytes(home.model.config, settings.max_concurrent_sequences, columns, dtype)
+        budget = max(0, room * 9 // 10 - cache - 2 * largest)
+    if config["zero_optimization"]["stage"] == 3 and budget != "auto" and budget < copy:
+        copy = min(copy, budget + 2 * largest)
+    found.device[COPY] = copy
+    return found
+
+
+def copy_bytes(home: Home, recipe: Recipe, config: dict) -> tuple[int, int]:
+    """What the sampler's weights take beside those of the engine: all of them, and those that are gathered at once.
+
+    Args:
+        home: the shared one.
+        config: DeepSpeed's, resolved.
+    """
+    zero, actors = config["zero_optimization"], [w for w in home.weights if w.role in (shapes.BASE, shapes.ACTOR)]
+    plain = recipe.model.dtype == "float32" and recipe.model.quantization == "none" and recipe.actor.train == "lora"
+    merged = set()
+    if plain and not any("lora_magnitude_vector" in w.name for w in actors):
+        merged = {w.name.partition(".lora_A.")[0] + ".weight" for w in actors if ".lora_A." in w.name}
+    replaced = {w.name.replace(f".modules_to_save.{shapes.ACTOR}", "") for w in actors if ".modules_to_save." in w.name}
+    actors = [w for w in actors if w.name not in replaced]
+    apart = [w for w in actors if w.name in merged or (zero["stage"] == 3 and w.elements > _persistent(zero))]
+    apart = [w for w in apart if not (merged and ".lora_" in w.name)]
+    groups = Counter()
+    for weight in apart:
+        groups[weight.name if weight.layer is None else weight.layer] += weight.nbytes
+    return _whole(apart), max(groups.values(), default=0)
+
+
+def state(home: Home, recipe: Recipe, raw: dict, ranks: int, on_cuda: bool) -> Bytes:
+    """What a home holds between forward and backward passes from its first optimizer step on; gradients included.
+
+    Args:
+        raw: the recipe's DeepSpeed configuration, as read.
+        ranks: that share the model.
+        on_cuda: the devices are CUDA's.
+    """
+    if home.frozen_engine:
+        place = "host" if home.offloaded else "device"
+        found = Bytes()
+        getattr(found, place)[WEIGHTS] = sum(_shard(w, ranks) * w.itemsize for w in home.weights)
+        return found
+    groups = home.trained()
+    config = resolve(home, recipe, raw, ranks, on_cuda)
+    stage = config["zero_optimization"]["stage"]
+    if stage == 3:
+        return _stage_3(home, groups, config, ranks)
+    if stage:
+        return _stage_1_2(home, groups, config, ranks)
+    return _stage_0(home, groups)
+
+
+def resolve(home: Home, recipe: Recipe, raw: dict, ranks: int, on_cuda: bool) -> dict:
+    """DeepSpeed's configuration of a home's engine, every "auto" filled in."""
+    trained = [w for w in home.weights if w.trains]
+    adapters = [w.elements for w in home.weights if ".lora_A." in w.name or ".lora_B." in w.name]
+    layers = Counter()
+    for weight in home.weights:
+        if weight.layer is not None:
+            layers[weight.layer] += weight.elements
+    return resolve_ds_config(
+        raw,
+        dtype=recipe.model.dtype,
+        world_size=ranks,
+        micro_batch=recipe.ppo.micro_batch_sequences,
+        trainable_parameters=sum(w.elements for w in trained),
+        largest_adapter=max(adapters, default=0),
+        prefetch_elements=min(max(layers.values(), default=50_000_000), 50_000_000),
+        on_cuda=on_cuda,
+    )
+
+
+def _shard(weight: Weight, ranks: int) -> int:
+    """Elements of a rank's part of a weight: the last rank's is padded."""
+    return math.ceil(weight.elements / ranks)
+
+
+def _whole(weights: Iterable[Weight]) -> int:
+    return sum(w.nbytes for w in weights)
+
+
+def _stage_0(home: Home, groups: dict[str, list[Weight]]) -> Bytes:
+    found, trained = Bytes(), [w for group in groups.values() for w in group]
+    elements = sum(w.elements for w in trained)
+    found.device[WEIGHTS] = _whole(home.weights)
+    found.device[GRADIENTS] = _whole(trained)
+    found.device[MOMENTS] = 8 * elements + SCALAR * len(trained)
+    if any(w.itemsize < 4 for w in trained):
+        found.device[MASTERS] = 4 * elements
+    return found
+
+
+def _stage_1_2(home: Home, groups: dict[str, list[Weight]], config: dict, ranks: int) -> Bytes:
+    """Each group's weights are one flat tensor, of which each rank steps a part."""
+    zero, found = config["zero_optimization"], Bytes()
+    found.device[WEIGHTS] = _whole(w for w in home.weights if not w.trains)
+    state = found.host if _device(zero, "offload_optimizer") == "cpu" else found.device
+    for group in groups.values():
+        itemsize, flat = group[0].itemsize, _flat(group, ranks)
+        part = flat // ranks
+        found.device[WEIGHTS] += flat * itemsize
+        state[MASTERS] += 4 * part
+        if state is found.host:
+            state[MOMENTS] += 8 * part
+            state[GRADIENTS] += 4 * part
+            state[BUCKETS] += itemsize * part  # what the new weights go back to the device in
+        else:
+            state[MOMENTS] += 8 * part + SCALAR
+    if state is found.device:
+        if zero["stage"] == 1:
+            found.device[GRADIENTS] = _whole(w for group in groups.values() for w in group)
+        else:  # what has been added up, and the micro-batch's
+            found.device[GRADIENTS] = 2 * max(_overlapping(groups.values(), ranks, rank) for rank in range(ranks))
+    # In a backward at stage 2, between backwards at stage 1; a second one fills while the first one travels.
+    buffers = 2 if zero.get("overlap_comm") else 1
+    found.device[BUCKETS] += buffers * zero["reduce_bucket_size"] * next(iter(groups.values()))[0].itemsize
+    return found
+
+
+def _overlapping(groups: Iterable[list[Weight]], ranks: int, rank: int) -> int:
+    """Bytes of the weights that lie in a rank's parts of the groups, if only with an end: their gradients are whole."""
+    found = 0
+    for group in groups:
+        part, start = _flat(group, ranks) // ranks, 0
+        for weight in group:
+            end = start + weight.elements
+            found += weight.nbytes if start < (rank + 1) * part and end > rank * part else 0
+            start = end
+    return found
+
+
+def _flat(group: list[Weight], ranks: int) -> int:
+    """Elements of a group's flat tensor: padded until a rank's part of it is a whole number of pairs."""
+    return math.ceil(sum(w.elements for w in group) / (2 * ranks)) * 2 * ranks
+
+
+def _stage_3(home: Home, groups: dict[str, list[Weight]], config: dict, ranks: int) -> Bytes:
+    """Every weight is cut in equal parts; small ones are whole on every rank beside that."""
+    zero, found = config["zero_optimization"], Bytes()
+    offloads_weights = _device(zero, "offload_param") == "cpu"
+    offloads_states = _device(zero, "offload_optimizer") == "cpu"
+    shards = found.host if offloads_weights else found.device
+    state = found.host if offloads_states else found.device
+    small = [w for w in home.weights if w.elements <= _persistent(zero)]
+    found.device[WEIGHTS] = sum(_shard(w, ranks) * ranks * w.itemsize for w in small)  # put together from the parts
+    for weight in home.weights:
+        (found.device if weight in small else shards)[WEIGHTS] += _shard(weight, ranks) * weight.itemsize
+    for group in groups.values():
+        itemsize, part = group[0].itemsize, sum(_shard(w, ranks) for w in group)
+        state[MASTERS] += 4 * part  # a copy in float32, too
+        state[MOMENTS] += 8 * part + (0 if offloads_states else SCALAR)
+        state[GRADIENTS] += itemsize * part + (4 * part if offloads_states else 0)
+    if groups:
+        found.device[BUCKETS] += zero["reduce_bucket_size"] * next(iter(groups.values()))[0].itemsize
+    return found
+
+
+def _persistent(zero: dict) -> int:
+    """Elements up to which a weight is whole on every rank at all times."""
+    return zero.get("param_persistence_threshold", zero.get("stage3_param_persistence_threshold", 100_000))
+
+
+def _stage(raw: dict) -> int:
+    return raw.get("zero_optimization", {}).get("stage", 0)
+
+
+def _device(zero: dict, section: str) -> str:
+    return (zero.get(section) or {}).get("device", "none")

@@ -1,0 +1,72 @@
+"""Bytes of a rank before anything is launched: `python launch/plan.py [RECIPE.yaml] --gpus N [--gpu-memory 80GB]`."""
+
+import json
+import sys
+from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from engine.command_line import parse, readable_errors
+from engine.ds_config import read_ds_config
+from engine.errors import RecipeError
+
+
+def main() -> None:
+    with readable_errors("this plan"):
+        options, rest = _arguments()
+        recipe = parse(rest)
+        from engine.console import quiet_imports, set_up_logging
+
+        set_up_logging()
+        with quiet_imports():
+            from engine import plan_report, planner
+        raw = read_ds_config(recipe.zero.ds_config)
+        found = planner.phases(recipe, raw, options.gpus, not options.on_cpu, options.gpu_memory)
+        if options.json:
+            options.json.write_text(json.dumps(plan_report.as_json(found), indent=2) + "\n")
+        print(plan_report.page(found, options.gpu_memory), end="")
+        peak = max(map(plan_report.device_total, found.values()))
+        if options.gpu_memory is not None and peak > options.gpu_memory:
+            raise RecipeError(
+                f"a rank needs {peak / 1e9:.1f} GB before any activation, and --gpu-memory is "
+                f"{options.gpu_memory / 1e9:.1f} GB; take more devices, model.quantization nf4, fewer "
+                "generation.max_concurrent_sequences or a ds_config that offloads"
+            )
+
+
+def _arguments() -> tuple[Namespace, list[str]]:
+    """The plan's own options, and the recipe's."""
+    parser = ArgumentParser(
+        prog="launch/plan.py",
+        description="What a rank holds in each phase, from the configs of the recipe's models: no weight is read.\n"
+        "Weights, gradients, optimizer, DeepSpeed's buckets, the sampler's copy, KV cache, log-probs; no activations.",
+        epilog="Every key of the recipe is an option too (--model.path DIR --critic.home trunk): see launch/train.py "
+        "--help.",
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--gpus", type=_count, required=True, metavar="N", help="devices of the whole job, a rank each")
+    parser.add_argument("--gpu-memory", type=_bytes, metavar="SIZE", help="of one device, such as 80GB or 24GiB")
+    parser.add_argument("--on-cpu", action="store_true", help="the ranks compute on CPUs: smaller buckets")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="the plan once more, in bytes, for machines")
+    return parser.parse_known_args()
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
+    return int(text)
+
+
+def _bytes(text: str) -> int:
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError:
+        raise ArgumentTypeError(f"must be a size such as 80GB or 24GiB, got {text!r}") from None
+
+
+if __name__ == "__main__":
+    main()
