@@ -146,13 +146,9 @@ def state(home: Home, recipe: Recipe, raw: dict, ranks: int, on_cuda: bool) -> B
 
 
 def resolve(home: Home, recipe: Recipe, raw: dict, ranks: int, on_cuda: bool) -> dict:
-    """DeepSpeed's configuration of a home's engine, every "auto" filled in."""
+    """DeepSpeed's configuration of a home's engine, every "auto" filled in; how much is fetched ahead is none of it."""
     trained = [w for w in home.weights if w.trains]
     adapters = [w.elements for w in home.weights if ".lora_A." in w.name or ".lora_B." in w.name]
-    layers = Counter()
-    for weight in home.weights:
-        if weight.layer is not None:
-            layers[weight.layer] += weight.elements
     return resolve_ds_config(
         raw,
         dtype=recipe.model.dtype,
@@ -160,7 +156,6 @@ def resolve(home: Home, recipe: Recipe, raw: dict, ranks: int, on_cuda: bool) ->
         micro_batch=recipe.ppo.micro_batch_sequences,
         trainable_parameters=sum(w.elements for w in trained),
         largest_adapter=max(adapters, default=0),
-        prefetch_elements=min(max(layers.values(), default=50_000_000), 50_000_000),
         on_cuda=on_cuda,
     )
 
@@ -236,10 +231,12 @@ def _stage_3(home: Home, groups: dict[str, list[Weight]], config: dict, ranks: i
     offloads_states = _device(zero, "offload_optimizer") == "cpu"
     shards = found.host if offloads_weights else found.device
     state = found.host if offloads_states else found.device
-    small = [w for w in home.weights if w.elements <= _persistent(zero)]
-    found.device[WEIGHTS] = sum(_shard(w, ranks) * ranks * w.itemsize for w in small)  # put together from the parts
     for weight in home.weights:
-        (found.device if weight in small else shards)[WEIGHTS] += _shard(weight, ranks) * weight.itemsize
+        shard = _shard(weight, ranks) * weight.itemsize
+        if weight.elements <= _persistent(zero):  # whole beside it, put together from the padded parts
+            found.device[WEIGHTS] += shard + shard * ranks
+        else:
+            shards[WEIGHTS] += shard
     for group in groups.values():
         itemsize, part = group[0].itemsize, sum(_shard(w, ranks) for w in group)
         state[MASTERS] += 4 * part  # a copy in float32, too

@@ -7,7 +7,7 @@ the layers that they sit on, as `engine/roles.py` would make them.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from engine import causal, models
 from engine.config import Recipe
 from engine.errors import RecipeError
+from engine.fetching import decoder_layers
 from engine.role_config import LoraSettings
 
 BASE, ACTOR, CRITIC, REFERENCE = "base", "actor", "critic", "reference"
@@ -37,8 +38,6 @@ class Weight:
     trains: bool = False
     layer: int | None = None
     """The decoder layer that it belongs to, counted from 0; None: embedding, last norm or head."""
-    quantized_elements: int = 0
-    """Of a weight that is packed in 4 bits: how many numbers it stands for."""
 
     @property
     def nbytes(self) -> int:
@@ -151,24 +150,22 @@ def _frozen(
 
 def _of_model(model: PreTrainedModel, recipe: Recipe, role: str, trains: bool, quantization: str) -> Iterator[Weight]:
     """A model's own parameters; a tied one counts once."""
-    itemsize = models.DTYPES[recipe.model.dtype].itemsize
-    packed = {id(layer.weight) for layer in _linears(model).values()} if quantization == "nf4" else set()
-    layers = _layer_names(model)
+    itemsize, layer_of = models.DTYPES[recipe.model.dtype].itemsize, _layer_of(model)
+    quantized = {id(layer.weight) for layer in _linears(model).values()} if quantization != "none" else set()
     for name, parameter in model.named_parameters():
         elements, size = parameter.numel(), itemsize
-        layer = next((index for index, prefix in enumerate(layers) if name.startswith(prefix)), None)
-        if quantization == "int8" and id(parameter) in {id(linear.weight) for linear in _linears(model).values()}:
-            yield Weight(name, elements, 1, role, trains, layer)
-        elif id(parameter) in packed:
-            # Two numbers a byte, kept as numbers of the base's type.
-            yield Weight(name, -(-elements // 2 // itemsize), size, role, trains, layer, quantized_elements=elements)
-        else:
-            yield Weight(name, elements, size, role, trains, layer)
+        if id(parameter) in quantized and quantization == "int8":
+            size = 1
+        elif id(parameter) in quantized:  # two numbers a byte, kept as numbers of the base's type
+            elements = -(-elements // 2 // itemsize)
+        yield Weight(name, elements, size, role, trains, layer_of(name))
 
 
-def _layer_names(model: PreTrainedModel) -> list[str]:
-    names = set(model._no_split_modules or ())
-    return [f"{name}." for name, module in model.named_modules() if type(module).__name__ in names]
+def _layer_of(model: PreTrainedModel) -> Callable[[str], int | None]:
+    """The decoder layer that something of a name lies in."""
+    layers = {id(part) for part in decoder_layers(model)}
+    prefixes = [f"{name}." for name, module in model.named_modules() if id(module) in layers]
+    return lambda name: next((index for index, prefix in enumerate(prefixes) if name.startswith(prefix)), None)
 
 
 def _linears(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -182,7 +179,7 @@ def _adapter(
     model: PreTrainedModel, lora: LoraSettings, itemsize: int, role: str, trains: bool, saved: list[str] | None = None
 ) -> Iterator[Weight]:
     """A and B of every layer that is adapted, DoRA's magnitudes, and copies of modules that are trained whole."""
-    targets, layers = causal.adapter_targets(model, lora.targets), _layer_names(model)
+    targets, layer_of = causal.adapter_targets(model, lora.targets), _layer_of(model)
     adapted = (
         set(_linears(model)) if targets == "all-linear" else {n for n, _ in model.named_modules() if _hit(n, targets)}
     )
@@ -194,8 +191,8 @@ def _adapter(
         )
     kept = [*lora.modules_to_save, *(saved or [])]
     for name, module in model.named_modules():  # in the order of the optimizer's groups, which stages 1 and 2 cut
-        layer = next((index for index, prefix in enumerate(layers) if name.startswith(prefix)), None)
         if name in adapted:
+            layer = layer_of(name)
             outputs, inputs = module.weight.shape if isinstance(module, nn.Linear) else reversed(module.weight.shape)
             yield Weight(f"{name}.lora_A.{role}.weight", lora.rank * inputs, itemsize, role, trains, layer)
             yield Weight(f"{name}.lora_B.{role}.weight", outputs * lora.rank, itemsize, role, trains, layer)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def held(engine) -> dict[str, dict[str, int]]:
+def held(engine) -> dict[str, int]:
     """Bytes by part of a `zero.TrainedEngine`; a storage that serves as several counts as the first of them."""
     optimizer, module = engine.engine.optimizer, engine.module
     parameters = list(module.parameters())

@@ -2102,8 +2102,8 @@ MUTANTS += [
     ranks(
         "plan-small-weights-once",
         "planner",
-        "_shard(w, ranks) * ranks * w.itemsize for w in small",
-        "0 for w in small",
+        "+= shard + shard * ranks",
+        "+= shard",
         "weights that are whole beside their shards count once",
         PLANNED,
     ),
