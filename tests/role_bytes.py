@@ -1,8 +1,9 @@
 """Model-state bytes of a rank: four roles on one base against a LoRA-SFT run and against four separate models.
 
 `python -m tests.role_bytes` measures them with two ranks at ZeRO-3 in bfloat16 and prints the table of docs/models.md.
-Counted are unique live storages of weights, gradients, float32 masters and Adam's moments, after an optimizer step;
-DeepSpeed's communication buffers, activations and the replica are not model state.
+Counted are unique live storages of weights (small ones are whole beside their shards), gradients, float32 masters and
+Adam's moments, after an optimizer step; DeepSpeed's communication buffers, activations and the replica are not model
+state.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from engine import dist, zero
 from engine.hybrid_engine import HybridEngine
 from engine.roles import ACTOR, CRITIC, ReferenceModel, RolesModel, ValueModel, reward_role
 from engine.update import update
-from tests import tiny
+from tests import live_storages, tiny
 
 DTYPE = torch.bfloat16
 RANK = 8
@@ -56,15 +57,13 @@ def recipe(**sections):
     )
 
 
-def held_bytes(module: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> int:
-    """Unique storages behind this rank's shards, gradients and optimizer state."""
-    tensors = [zero.local_shard(p) for p in module.parameters()]
-    tensors += [p.grad for p in module.parameters() if p.grad is not None]
-    if optimizer is not None:
-        tensors += [p for group in optimizer.param_groups for p in group["params"]]
-        tensors += [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        tensors += [x for state in optimizer.state.values() for x in state.values() if torch.is_tensor(x)]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+def held_bytes(engine: zero.TrainedEngine) -> int:
+    """Model state of a trained engine; a bucket is what its gradients travel in."""
+    return sum(size for part, size in live_storages.held(engine).items() if part != "buckets")
+
+
+def frozen_bytes(engine: zero.FrozenEngine) -> int:
+    return live_storages.fresh_bytes((zero.local_shard(p) for p in engine.module.parameters()), set())
 
 
 def stepped(engine: HybridEngine, settings) -> HybridEngine:
@@ -74,10 +73,11 @@ def stepped(engine: HybridEngine, settings) -> HybridEngine:
 
 def four_roles(adapter: str) -> int:
     settings = recipe(rewards=[{"adapter": adapter}])
-    engine = stepped(HybridEngine(RolesModel(base(), settings), settings), settings)
+    engine = HybridEngine(RolesModel(base(), settings), settings)
     sampled = tiny.rollout()
     engine.scores(reward_role(0), sampled.sequences, sampled.sequence_mask)
-    return _close(engine, held_bytes(engine.roles, engine.engine.optimizer))
+    stepped(engine, settings)  # last, as in an iteration: at its end small weights are whole again
+    return _close(engine, held_bytes(engine.engine))
 
 
 def lora_sft() -> tuple[int, int]:
@@ -86,7 +86,7 @@ def lora_sft() -> tuple[int, int]:
     roles = RolesModel(base(), settings)
     elements = sum(p.numel() for role in (ACTOR, CRITIC) for p in roles.role_parameters(role).values())
     engine = stepped(HybridEngine(roles, settings), settings)
-    whole = held_bytes(engine.roles, engine.engine.optimizer)
+    whole = held_bytes(engine.engine)
     frozen = sum(p.nbytes for p in base().parameters()) // dist.world_size()
     return _close(engine, (whole, round((whole - frozen) / elements, 3)))
 
@@ -97,10 +97,10 @@ def four_models() -> dict[str, int]:
     engine = stepped(HybridEngine(roles, settings, own, ReferenceModel(base(), 1.0)), settings)
     reward = zero.FrozenEngine(scorer(), DTYPE, offload_to_cpu=False)
     found = {
-        "actor": held_bytes(engine.roles, engine.engine.optimizer),
-        "critic": held_bytes(own, engine.critic_engine.optimizer),
-        "reference": held_bytes(engine.reference.module, None),
-        "reward": held_bytes(reward.module, None),
+        "actor": held_bytes(engine.engine),
+        "critic": held_bytes(engine.critic_engine),
+        "reference": frozen_bytes(engine.reference),
+        "reward": frozen_bytes(reward),
     }
     reward.close()
     return _close(engine, found)
@@ -124,7 +124,7 @@ def measure(pool, folder: Path) -> dict[str, float]:
     together = pool.run(four_roles, adapter)[0]
     sft, per_element = pool.run(lora_sft)[0]
     critic, reward = adapter_elements()
-    ours = sft + critic * per_element + reward * DTYPE.itemsize / pool.world_size
+    ours = sft + critic * per_element + reward * DTYPE.itemsize * (1 / pool.world_size + 1)  # a shard, and whole
     separate = pool.run(four_models)[0]
     return {"together": together, "sft": sft, "sft and adapters": ours, **separate}
 
