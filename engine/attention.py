@@ -34,8 +34,31 @@ def _sdpa(
     plain = not settings.get("dropout") and all(settings.get(name) is None for name in SPECIAL)
     if query.shape[2] == 1 and plain:
         return _of_one_token(*tensors, settings.get("scaling")).to(query.dtype), None
+    ends = settings.get("cu_seq_lens_q")
+    if ends is not None:
+        return _one_by_one(module, *tensors, ends.diff().tolist(), settings).to(query.dtype), None
     output, weights = sdpa_attention_forward(module, *tensors, **settings)
     return output.to(query.dtype), weights
+
+
+def _one_by_one(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    lengths: list[int],
+    settings: dict[str, Any],
+) -> Tensor:
+    """`[1, heads, N, width]` -> `[1, N, heads, width]` of sequences that lie end to end: no pair of two is computed."""
+    parts, found, start = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True), [], 0
+    for part, length in zip(parts, lengths, strict=True):
+        own = None if mask is None else mask[..., start : start + length, start : start + length]
+        if own is not None and own.dtype == torch.bool and bool((own == own.new_ones(own.shape).tril()).all()):
+            own = None  # plainly causal, which the kernel knows by itself
+        found.append(sdpa_attention_forward(module, *part, own, **settings)[0])
+        start += length
+    return torch.cat(found, dim=1)
 
 
 def _of_one_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:

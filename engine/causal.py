@@ -35,6 +35,17 @@ _REFUSED = dict.fromkeys(_ENCODERS, "it is an encoder, whose tokens see what com
     "recurrent_gemma": "its recurrent layers read the padding on the left",
     "zamba2": "its cached logits are off by 1e-3 from those of the whole sequence",
 }
+UNPACKABLE = {
+    "bloom": "its attention takes all that lies in a row for one sequence",
+    "falcon": "its attention takes all that lies in a row for one sequence",
+    "falcon_h1": "its Mamba layers run on from one sequence into the next",
+    "gpt_oss": "its attention takes all that lies in a row for one sequence",
+    "jamba": "its Mamba layers run on from one sequence into the next",
+    "lfm2": "its convolutions run on from one sequence into the next",
+    "mpt": "its attention takes all that lies in a row for one sequence",
+    "qwen3_next": "its linear attention runs on from one sequence into the next",
+}
+"""Families whose sequences can't lie end to end in one row, measured: tests/families.py."""
 # What peft calls the projections of experts and their router, from the time when each expert was a module: in a
 # mixture of experts it takes these names for the fused weights of all experts, shared and dense layers' names too.
 _EXPERT_WORDS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
@@ -57,6 +68,26 @@ def call(model: nn.Module, ids: Tensor, mask: Tensor, **keywords):
     if keep:
         output.logits = output.logits[:, -keep:]
     return output
+
+
+def hidden_states(model: nn.Module, ids: Tensor, mask: Tensor, packed: bool = False) -> Tensor:
+    """`[B, L, H]` what the model's backbone hands to its head.
+
+    Args:
+        model, ids, mask: as for `call`, without a cache.
+        packed: real tokens alone go through the backbone, sequence behind sequence in one row, each seeing its own:
+            where padding was, the result is 0.
+    """
+    inner = backbone(model)
+    if not packed:
+        return call(inner, ids, mask, use_cache=False).last_hidden_state
+    lengths = mask.sum(1)
+    longest, ends = int(lengths.max()), nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    # transformers' names for where sequences lie: flash attention reads them, and engine/attention.py.
+    bounds = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+    places = positions(mask)[mask][None]
+    hidden = inner(input_ids=ids[mask][None], position_ids=places, use_cache=False, **bounds).last_hidden_state
+    return hidden.new_zeros(*mask.shape, hidden.shape[-1]).index_put((mask,), hidden[0])
 
 
 def backbone(model: nn.Module) -> nn.Module:

@@ -123,6 +123,8 @@ class PPOConfig(Section):
     """Most sequences in one forward of one rank; changes speed and memory, never the result."""
     tokens_per_micro_batch: PositiveInt | None = None
     """Most tokens, padding included, in one forward of one rank, similar lengths together; null: so many sequences."""
+    packing: bool = False
+    """Sequences of a forward lie end to end, without padding; needs tokens_per_micro_batch."""
     inference_factor: PositiveInt = 4
     """A forward without gradients takes so many times the sequences or tokens: it keeps nothing for a backward."""
     old_logprobs: Literal["recompute", "rollout", "on_policy"] = "recompute"
@@ -147,6 +149,15 @@ class PPOConfig(Section):
     """Shift and scale the iteration's advantages to mean 0, variance 1 over all ranks."""
     target_kl: PositiveFloat | None = None
     """Skip the rest of an iteration's update once a minibatch's approx_kl passes this; null: off."""
+
+    @model_validator(mode="after")
+    def _packs_by_tokens(self):
+        if self.packing and self.tokens_per_micro_batch is None:
+            raise ValueError(
+                "packing fills each forward up to a number of tokens, got packing true with tokens_per_micro_batch "
+                "null; set ppo.tokens_per_micro_batch, or ppo.packing to false"
+            )
+        return self
 
     @property
     def for_inference(self) -> PPOConfig:

@@ -66,7 +66,7 @@ def evaluate(engine: HybridEngine, rollout: Rollout, source_scores: Tensor, reci
         kl=kl,
         old_values=found["values"],
         source_scores=source_scores,
-        padded_lengths=_padded_lengths(forwards, lengths),
+        padded_lengths=lengths if recipe.ppo.packing else _padded_lengths(forwards, lengths),
     )
 
 

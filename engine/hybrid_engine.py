@@ -245,14 +245,15 @@ class HybridEngine:
     def scores(self, role: str, ids: Tensor, mask: Tensor) -> Tensor:
         """`[B]` scores of a reward adapter on the shared base; every rank calls it equally often."""
         with torch.no_grad():
-            return self.engine(self.roles.scores, role, ids.to(self.device), mask.to(self.device))
+            packed = self.recipe.ppo.packing
+            return self.engine(self.roles.scores, role, ids.to(self.device), mask.to(self.device), packed)
 
     def _layout(self, rollout: Rollout, rows: Tensor) -> Layout:
         """Some rows, trimmed to the longest of them."""
         if len(rows) == 0:
             ids = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
             return Layout(ids, torch.ones_like(ids, dtype=torch.bool), torch.ones_like(ids[:, 0]))
-        return Layout.of(take_rows(rollout, rows), self.device)
+        return Layout.of(take_rows(rollout, rows), self.device, self.recipe.ppo.packing)
 
     def backward(self, policy_loss: Tensor, value_loss: Tensor, last: bool) -> None:
         """The backward of a micro-batch, one per engine; `last` marks the minibatch's last one.

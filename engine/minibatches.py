@@ -5,6 +5,9 @@ The result of an update depends on the first alone. Lengths are `[B]` tokens of 
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -30,8 +33,10 @@ def minibatch_rows(seed: int, iteration: int, epoch: int, rows: int, minibatch_s
     return list(torch.from_numpy(order).split(minibatch_sequences))
 
 
-def padded_tokens(rows: Tensor, lengths: Tensor) -> int:
-    """Tokens of one forward of `rows`, padding included. Without rows 0: the made-up one is not counted."""
+def padded_tokens(rows: Tensor, lengths: Tensor, packing: bool = False) -> int:
+    """Tokens of one forward of `rows`, with what padding there is. Without rows 0: the made-up one is not counted."""
+    if packing:
+        return int(lengths[rows].sum())
     return len(rows) * int(lengths[rows].max()) if len(rows) else 0
 
 
@@ -49,13 +54,13 @@ def deal(rows: Tensor, lengths: Tensor, settings: PPOConfig, world_size: int) ->
         shares = balanced_shares(rows, lengths[rows], world_size)
     parts = [_cut(share, lengths, settings) for share in shares]
     most = max(map(len, parts))
-    return [_split_into(most, own, lengths) for own in parts]
+    return [_into(most, own, lengths, settings) for own in parts]
 
 
 def micro_batches(lengths: Tensor, settings: PPOConfig) -> list[Tensor]:
     """This rank's own rows cut into forwards, as many on every rank (a collective)."""
     parts = _cut(torch.arange(len(lengths)), lengths, settings)
-    return _split_into(int(dist.all_reduce(torch.tensor(len(parts)), "max")), parts, lengths)
+    return _into(int(dist.all_reduce(torch.tensor(len(parts)), "max")), parts, lengths, settings)
 
 
 def balanced_shares(rows: Tensor, work: Tensor, world_size: int) -> list[Tensor]:
@@ -80,6 +85,8 @@ def _cut(rows: Tensor, lengths: Tensor, settings: PPOConfig) -> list[Tensor]:
     budget = settings.tokens_per_micro_batch
     if budget is None:
         return list(rows.split(settings.micro_batch_sequences))
+    if settings.packing:
+        return _fewest_packs(rows, lengths[rows], budget)
     rows = rows[lengths[rows].argsort(descending=True, stable=True)]
     return list(rows.tensor_split(_cheapest_cuts(lengths[rows].numpy(), budget)))
 
@@ -102,6 +109,22 @@ def _cheapest_cuts(lengths: np.ndarray, budget: int) -> list[int]:
     while cuts[-1] > 0:
         cuts.append(int(last_start[cuts[-1]]))
     return cuts[-2:0:-1]
+
+
+def _fewest_packs(rows: Tensor, lengths: Tensor, budget: int) -> list[Tensor]:
+    """Rows in as few forwards of equal work as hold at most `budget` tokens each; a longer row stands alone."""
+    for count in itertools.count(max(1, min(len(rows), math.ceil(int(lengths.sum()) / budget)))):
+        parts = balanced_shares(torch.arange(len(rows)), lengths, count)
+        if all(len(part) <= 1 or int(lengths[part].sum()) <= budget for part in parts):
+            return [rows[part] for part in parts]
+
+
+def _into(count: int, parts: list[Tensor], lengths: Tensor, settings: PPOConfig) -> list[Tensor]:
+    """One rank's forwards, now `count` of them; empty ones only where every row stands alone."""
+    if not settings.packing:
+        return _split_into(count, parts, lengths)
+    rows = torch.cat(parts)
+    return balanced_shares(rows, lengths[rows], count)
 
 
 def _split_into(count: int, parts: list[Tensor], lengths: Tensor) -> list[Tensor]:

@@ -44,6 +44,7 @@ def _check_policy(recipe: Recipe, problems: list[str]) -> PreTrainedModel | None
     if config is None:
         return None
     problems += _check_positions(recipe, "model.path", model.path, config)
+    problems += _check_packing(recipe, "model.path", model.path, config)
     base = _without_weights(recipe, "model.path", model.path, config, problems)
     if base is not None and recipe.generation.compile:
         problems += _check_compile(recipe, base)
@@ -97,6 +98,7 @@ def _beside(recipe: Recipe, setting: str, path: str, problems: list[str], same_v
     if config is None or path == model.path:
         return config
     problems += _check_positions(recipe, setting, path, config)
+    problems += _check_packing(recipe, setting, path, config)
     policy = _model_config("model.path", model.path, model.revision, [])
     if policy is None:
         return config  # told by _check_policy
@@ -201,7 +203,7 @@ def _check_reward_model(recipe: Recipe, path: str) -> list[str]:
             f"rewards.model: {path} must be a sequence-classification model with one output, its config.json says "
             f"{outputs}; name a reward model"
         )
-    problems += _check_quantized("rewards.model", path, config)
+    problems += _check_quantized("rewards.model", path, config) + _check_packing(recipe, "rewards.model", path, config)
     if not problems:
         problems += _check_score_head(recipe, path)
     return problems + _check_reward_tokenizer(recipe, path, config)
@@ -339,6 +341,18 @@ def _check_positions(recipe: Recipe, setting: str, path: str, config: dict) -> l
         f"{setting}: data.max_prompt_tokens {recipe.data.max_prompt_tokens} + generation.max_new_tokens "
         f"{recipe.generation.max_new_tokens} = {longest} tokens, but {path} takes at most {config[key]} ({key}); "
         "lower one of the two"
+    ]
+
+
+def _check_packing(recipe: Recipe, setting: str, path: str, config: dict) -> list[str]:
+    from engine.causal import UNPACKABLE  # here: it imports torch
+
+    kind = config.get("model_type")
+    if not recipe.ppo.packing or kind not in UNPACKABLE:
+        return []
+    return [
+        f"{setting}: sequences of a model of type {kind} can't lie end to end ({UNPACKABLE[kind]}), got {path} with "
+        "ppo.packing true; set that to false"
     ]
 
 

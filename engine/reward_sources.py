@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from engine import dist, models, zero
 from engine.batch import Prompts, Rollout, length_mask
@@ -109,7 +109,9 @@ class RewardModel:
         self.tokenizer = tokenizer if own is None else own
         if self.text is not None:
             logger.info("reward %s reads text: its tokenizer is another one", self.name)
-        self.engine = zero.FrozenEngine(_Scorer(model), models.DTYPES[dtype], offload_to_cpu=offload)
+        self.engine = zero.FrozenEngine(
+            _Scorer(model, recipe.ppo.packing), models.DTYPES[dtype], offload_to_cpu=offload
+        )
         keep = recipe.zero.keep_gathered_bytes
         self.phase_weights = zero.phase_weights(self.engine.module, keep, self.engine.device, offload)
 
@@ -186,12 +188,12 @@ def _in_micro_batches(
 class _Scorer(torch.nn.Module):
     """Gives the frozen engine the pooling that reads the last real position."""
 
-    def __init__(self, model):
+    def __init__(self, model: PreTrainedModel, packed: bool):
         super().__init__()
-        self.model = model
+        self.model, self.packed = model, packed
 
     def forward(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        return last_token_scores(self.model, input_ids, mask)
+        return last_token_scores(self.model, input_ids, mask, self.packed)
 
 
 class RewardFunction:

@@ -41,12 +41,17 @@ class Layout:
     sequences: Tensor  # [B, L] int64
     mask: Tensor  # [B, L] bool
     response_lengths: Tensor  # [B] int64, at least 1; below the tokens of the row
+    packed: bool = False  # they go through backbones end to end, without their padding
 
     @classmethod
-    def of(cls, rollout: Rollout, device: torch.device | str = "cpu") -> Layout:
+    def of(cls, rollout: Rollout, device: torch.device | str = "cpu", packed: bool = False) -> Layout:
         """All rows of a rollout, to be computed on a device."""
         parts = (rollout.sequences, rollout.sequence_mask, rollout.response_lengths)
-        return cls(*(part.to(device) for part in parts))
+        return cls(*(part.to(device) for part in parts), packed)
+
+    def hidden_states(self, model: PreTrainedModel) -> Tensor:
+        """`[B, L, H]` what a model's backbone hands to its head."""
+        return causal.hidden_states(model, self.sequences, self.mask, self.packed)
 
     @cached_property
     def responses(self) -> Tensor:
@@ -210,7 +215,7 @@ class RolesModel(nn.Module):
     def _before(self, role: str, layout: Layout) -> Tensor:
         """`[N, H]` a role's hidden states, one position before each response token."""
         with self.acting_as(role):
-            return layout.before(hidden_states(self.causal, layout.sequences, layout.mask))
+            return layout.before(layout.hidden_states(self.causal))
 
     def _logits(self, role: str, hidden: Tensor) -> Tensor:
         """`[n, V]` by a role's head: it may have an adapter too."""
@@ -225,10 +230,10 @@ class RolesModel(nn.Module):
             trunk = trunk.detach()
         return read_values(self.value_head, trunk)
 
-    def scores(self, role: str, ids: Tensor, mask: Tensor) -> Tensor:
-        """`[B]` float32 scores of a reward adapter, read at the last real position; shapes as `last_token_scores`."""
+    def scores(self, role: str, ids: Tensor, mask: Tensor, packed: bool = False) -> Tensor:
+        """`[B]` float32 scores of a reward adapter, read at the last real position; as `last_token_scores`."""
         with self.acting_as(role):
-            hidden = hidden_states(self.causal, ids, mask)
+            hidden = causal.hidden_states(self.causal, ids, mask, packed)
         rows = torch.arange(len(ids), device=ids.device)
         return self.reward_heads[role](hidden[rows, last_positions(mask)]).squeeze(-1).float()
 
@@ -273,7 +278,7 @@ class ValueModel(nn.Module):
 
     def forward(self, layout: Layout) -> Tensor:
         """`[B, R]` float32 values, padding 0."""
-        hidden = hidden_states(self.scorer, layout.sequences, layout.mask)
+        hidden = layout.hidden_states(self.scorer)
         return layout.spread(read_values(self.scorer.score, layout.before(hidden)))
 
 
@@ -287,7 +292,7 @@ class ReferenceModel(nn.Module):
 
     def forward(self, layout: Layout, as_hidden: bool = False) -> Tensor:
         """`[B, R]` float32 log-probs; with `as_hidden` what they come from, `[N, H]`, for somebody who has the head."""
-        hidden = layout.before(hidden_states(self.model, layout.sequences, layout.mask))
+        hidden = layout.before(layout.hidden_states(self.model))
         if as_hidden:
             return hidden
         return layout.spread(self.head.measure(hidden, Asked(layout.tokens, self.head.logits))["logprobs"])
@@ -320,11 +325,6 @@ def _reward_head(saved: adapters.SavedAdapter, dtype: torch.dtype) -> nn.Linear:
 def compute_dtype(base: PreTrainedModel) -> torch.dtype:
     """The type that a base computes in, whatever its linear layers are packed as."""
     return base.get_output_embeddings().weight.dtype
-
-
-def hidden_states(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
-    """`[B, L, H]` what a model's backbone hands to its head."""
-    return causal.call(causal.backbone(model), ids, mask, use_cache=False).last_hidden_state
 
 
 def read_values(head: nn.Module, before: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from engine import causal
 
 
-def last_token_scores(model: nn.Module, input_ids: Tensor, mask: Tensor) -> Tensor:
+def last_token_scores(model: nn.Module, input_ids: Tensor, mask: Tensor, packed: bool = False) -> Tensor:
     """`[B]` float32 scores of sequences, whatever side they are padded on.
 
     transformers' own classifiers look for the last id other than `pad_token_id`. With pad = EOS that is one token
@@ -22,10 +22,11 @@ def last_token_scores(model: nn.Module, input_ids: Tensor, mask: Tensor) -> Tens
         model: a transformers sequence-classification model with a linear head `.score` of one output.
         input_ids: `[B, L]`; padding can hold any id.
         mask: `[B, L]` bool, True on each sequence's one contiguous run of real tokens, which has at least one.
+        packed: as for `causal.hidden_states`.
     """
     check_scorable(model)
     assert input_ids.shape == mask.shape and mask.dtype == torch.bool
-    hidden = causal.call(causal.backbone(model), input_ids, mask, use_cache=False).last_hidden_state
+    hidden = causal.hidden_states(model, input_ids, mask, packed)
     rows = torch.arange(len(input_ids), device=input_ids.device)
     return model.score(hidden[rows, last_positions(mask)]).squeeze(-1).float()
 

@@ -115,7 +115,7 @@ def _accumulate(common: _Update, rows: Tensor, stats: UpdateStats) -> Counter:
     lengths = rollout.sequence_lengths
     plan = deal(rows, lengths, common.recipe.ppo, world_size)
     stats.real_tokens += int(lengths[rows].sum())
-    stats.padded_tokens += sum(padded_tokens(part, lengths) for own in plan for part in own)
+    stats.padded_tokens += sum(padded_tokens(part, lengths, common.recipe.ppo.packing) for own in plan for part in own)
     parts, found = plan[dist.rank()], []
     for index, part in enumerate(parts):
         policy, value, sums = _losses(common, part, denominator)

@@ -120,6 +120,7 @@ def recipe_of(name: str, assets: Path) -> dict:
             "minibatch_sequences": PROMPTS // 2,
             "micro_batch_sequences": 8,
             "tokens_per_micro_batch": workload.tokens_per_micro_batch,
+            "packing": workload.tokens_per_micro_batch is not None,
             "old_logprobs": "rollout",  # as TRL's are
         },
         "data": {

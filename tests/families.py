@@ -502,6 +502,17 @@ def padding(model: RolesModel) -> float:
 
 
 @torch.no_grad()
+def packed(model: RolesModel) -> float:
+    """Every output of a row alone, and of all of them end to end."""
+    rollout, wanted = tiny.rollout(), dict.fromkeys(("entropy", "values", "ref_logprobs", "full_kl"), True)
+    together, pairs = model.outputs(Layout.of(rollout, packed=True), **wanted), []
+    for row, _, r, ids in sequences(rollout):
+        alone = model.outputs(Layout(ids, torch.ones_like(ids, dtype=torch.bool), torch.tensor([r])), **wanted)
+        pairs += [(getattr(together, name)[row, :r], value[0]) for name, value in vars(alone).items()]
+    return _worst(pairs)
+
+
+@torch.no_grad()
 def cached(module: PreTrainedModel) -> float:
     """Logits decoded with a cache, prompts padded on the left, against those of each whole sequence without one."""
     rollout, steps, pairs = tiny.rollout(), [], []
@@ -532,6 +543,8 @@ def check_alone(folder: Path) -> dict[str, float]:
     """The checks that need one process: largest deviations by name."""
     model = roles(recipe(folder))
     found = {"own logits": against_plain(folder, model), "padding": padding(model)}
+    if model.causal.config.model_type not in causal.UNPACKABLE:
+        found["packed"] = packed(model)
     replica = Replica(model)
     module = replica.fill()
     found |= {"cache": cached(module), "merged": merged(module, model)}
@@ -607,12 +620,12 @@ def check_ranks(pool, folder: Path) -> dict[str, float]:
     return found
 
 
-COLUMNS = ("own logits", "trunk", "padding", "cache", "merged", "sampler", "first ratio", "stages")
+COLUMNS = ("own logits", "trunk", "padding", "packed", "cache", "merged", "sampler", "first ratio", "stages")
 
 
 def row(name: str, found: dict[str, float]) -> str:
     """A family's line of the table."""
-    numbers = " | ".join(f"{found[column]:.0e}" for column in COLUMNS)
+    numbers = " | ".join(f"{found[column]:.0e}" if column in found else "refused" for column in COLUMNS)
     return f"| {name} | {FAMILIES[name].model_type} | {FAMILIES[name].on} | {numbers} | {max(found.values()):.1e} |"
 
 

@@ -79,6 +79,21 @@ def test_one_token_against_float64(dtype, scaling, kind, monkeypatch):
     assert_rounded_once(outputs(attention._sdpa, inputs(dtype, queries=1), given, scaling=scaling), wanted, dtype)
 
 
+@pytest.mark.parametrize("window", [None, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_sequences_end_to_end_against_float64(dtype, window):
+    """Sequences of 4, 1 and 4 tokens in each row's place: each sees its own, as far back as the window."""
+    lengths, mask = [4, 1, 4], torch.zeros(1, 1, 9, 9, dtype=torch.bool)
+    for start, end in ((0, 4), (4, 5), (5, 9)):
+        mask[..., start:end, start:end] = torch.ones(end - start, end - start).tril().triu(1 - (window or 9)).bool()
+    tensors = [x[:1].detach().requires_grad_() for x in inputs(dtype)]
+    wanted = exact(tensors, mask)
+    ends = torch.tensor([0, *lengths]).cumsum(0).int()
+    for given in [mask] if window else [mask, None]:  # a family that makes no mask of its own is plainly causal
+        fresh = [x.detach().clone().requires_grad_() for x in tensors]
+        assert_rounded_once(outputs(attention._sdpa, fresh, given, cu_seq_lens_q=ends), wanted, dtype)
+
+
 def test_what_is_special_is_left_to_transformers(monkeypatch):
     monkeypatch.setattr(attention, "sdpa_attention_forward", lambda *given, **settings: (given[1], settings))
     tensors = inputs(torch.float32, queries=1)

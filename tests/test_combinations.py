@@ -382,6 +382,15 @@ REFUSED = {
         {"rewards": [{"model": "reward_two"}]},
         ["rewards.model: reward_two", "with one output, its config.json says 2", "name a reward model"],
     ),
+    # --- packing
+    "packed by rows": (
+        {"ppo.packing": True},
+        ["packing true with tokens_per_micro_batch null", "set ppo.tokens_per_micro_batch, or ppo.packing to false"],
+    ),
+    "a policy that can't be packed": (
+        {"model.path": "jamba", "ppo.packing": True, "ppo.tokens_per_micro_batch": 64},
+        ["model.path: sequences of a model of type jamba can't lie end to end", "Mamba layers", "set that to false"],
+    ),
     # --- families
     "a policy without a cache": (
         {"model.path": "mamba"},

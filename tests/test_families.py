@@ -46,6 +46,15 @@ def test_one_process(name, checkpoint):
     assert max(found.values()) < TOLERANCE, found
 
 
+@pytest.mark.parametrize("name", [n for n, family in FAMILIES.items() if family.model_type in causal.UNPACKABLE])
+def test_what_is_refused_to_be_packed_is_wrong(name, checkpoint):
+    model = families.roles(families.recipe(checkpoint(name)))
+    try:
+        assert families.packed(model) > 0.01
+    except ValueError as error:
+        assert "packed" in str(error)  # transformers says so itself
+
+
 @pytest.mark.dist
 @pytest.mark.parametrize("name", FAMILIES)
 def test_two_ranks(name, checkpoint, pool):

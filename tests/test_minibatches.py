@@ -65,6 +65,10 @@ def by_tokens(budget: int) -> PPOConfig:
     return PPOConfig(tokens_per_micro_batch=budget)
 
 
+def packed(budget: int) -> PPOConfig:
+    return PPOConfig(tokens_per_micro_batch=budget, packing=True)
+
+
 def by_rows(rows: int) -> PPOConfig:
     return PPOConfig(micro_batch_sequences=rows)
 
@@ -80,7 +84,7 @@ def random_lengths(rows: int, seed: int) -> torch.Tensor:
     return torch.randint(2, 200, (rows,), generator=generator)
 
 
-@pytest.mark.parametrize("settings", [*map(by_tokens, BUDGETS), *map(by_rows, (1, 3, 99))])
+@pytest.mark.parametrize("settings", [*map(by_tokens, BUDGETS), *map(packed, BUDGETS), *map(by_rows, (1, 3, 99))])
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 10])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 def test_a_plan_is_a_partition_with_as_many_forwards_on_every_rank(world_size, count, settings):
@@ -102,6 +106,26 @@ def test_the_budget_is_kept_unless_one_sequence_is_longer(budget, world_size):
             for part in own:
                 assert laid_out(part, lengths) <= budget or len(part) == 1
                 assert padded_tokens(part, lengths) == laid_out(part, lengths)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_packed_forwards_keep_the_budget_and_are_few(budget, world_size):
+    for lengths in (LENGTHS, *(random_lengths(50, seed) for seed in range(4))):
+        plan = deal(torch.arange(len(lengths)), lengths, packed(budget), world_size)
+        loads = [[int(lengths[part].sum()) for part in own] for own in plan]
+        for own, of_rank in zip(plan, loads, strict=True):
+            for part, load in zip(own, of_rank, strict=True):
+                assert load <= budget or len(part) == 1
+                assert padded_tokens(part, lengths, packing=True) == load
+        if budget >= 2 * int(lengths.max()):  # then a forward that isn't the last is at least half full
+            assert len(plan[0]) <= 2 * max(map(sum, loads)) / budget + 1
+
+
+def test_packing_by_hand():
+    """17 14 11 10 10 9 8 7 5 2 are 93: three forwards of at most 40, the longest first, each to the emptiest."""
+    (own,) = deal(torch.arange(10), LENGTHS, packed(40), 1)
+    assert [LENGTHS[part].tolist() for part in own] == [[17, 9, 5], [14, 10, 7], [11, 10, 8, 2]]
 
 
 def test_a_budget_by_hand():
@@ -216,10 +240,10 @@ def plain_update():
     return reference.update(tiny.experience()), reference.weights()
 
 
-def budgeted(stage: str, budget: int) -> dict:
+def budgeted(stage: str, budget: int, **ppo) -> dict:
     return {
         "zero": {"ds_config": tiny.ds_config(stage)},
-        "ppo": {"tokens_per_micro_batch": budget, "entropy_coef": 0.01, "value_coef": 0.5},
+        "ppo": {"tokens_per_micro_batch": budget, "entropy_coef": 0.01, "value_coef": 0.5, **ppo},
     }
 
 
@@ -238,6 +262,30 @@ def test_one_rank_makes_it_too(single, plain_update, stage, budget):
     assert_same(result, *plain_update)
 
 
+@pytest.mark.dist
+@pytest.mark.parametrize("stage, budget", [("zero3", 1), ("zero3", 24), ("zero2", 10_000)])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packing_makes_the_plain_update(pool, plain_update, stage, budget, checkpointing):
+    sections = budgeted(stage, budget, packing=True)
+    sections["zero"]["activation_checkpointing"] = checkpointing
+    for result in pool.run(run_update, sections):
+        assert_same(result, *plain_update)
+
+
+@pytest.mark.dist
+def test_packing_makes_the_plain_update_of_models_of_their_own(pool):
+    homes = {
+        "actor": {"train": "full"},
+        "critic": {"home": "model", "train": "full"},
+        "reference": {"home": "model"},
+    }
+    reference = Reference(tiny.recipe(**homes))
+    norms = reference.update(tiny.experience())
+    ppo = {"tokens_per_micro_batch": 24, "packing": True}
+    for result in pool.run(run_update, {**homes, "ppo": ppo, "zero": {"ds_config": tiny.ds_config("zero3")}}):
+        assert_same(result, norms, reference.weights(), tolerance=5e-6)
+
+
 INFERENCE = [None, 1, 24, 10_000]
 
 
@@ -249,6 +297,10 @@ def inference() -> list[Evaluation]:
         recipe = tiny.recipe(ppo={"tokens_per_micro_batch": budget, "micro_batch_sequences": 3})
         found.append(tiny.evaluated(engine, recipe, take_rows(tiny.rollout(), mine))[1])
     engine.close()
+    recipe = tiny.recipe(ppo={"tokens_per_micro_batch": 24, "packing": True})
+    engine = tiny.engine(recipe)
+    found.append(tiny.evaluated(engine, recipe, take_rows(tiny.rollout(), mine))[1])
+    engine.close()
     return found
 
 
@@ -256,7 +308,7 @@ def inference() -> list[Evaluation]:
 def test_ranks_and_budgets_do_not_change_what_inference_finds(pool, single):
     (alone,) = single.run(inference)
     for evaluations in (alone, *pool.run(inference)):
-        for budget, evaluation in zip(INFERENCE, evaluations, strict=True):
+        for budget, evaluation in zip([*INFERENCE, "packed"], evaluations, strict=True):
             for name, value in vars(evaluation).items():
                 if name != "padded_lengths":
                     assert torch.allclose(value, getattr(alone[0], name), atol=1e-5), (budget, name)
@@ -267,6 +319,7 @@ def test_ranks_and_budgets_do_not_change_what_inference_finds(pool, single):
     first, second = pool.run(inference)
     assert first[0].padded_lengths.tolist() == second[0].padded_lengths.tolist() == [12, 12, 12, 6, 7, 7, 10]
     assert first[1].padded_lengths.tolist() == [12, 7, 7, 6, 7, 7, 10]
+    assert first[4].padded_lengths.tolist() == tiny.rollout().sequence_lengths.tolist()
 
 
 @pytest.mark.parametrize(
@@ -288,9 +341,9 @@ def test_inference_takes_more_at_once(alone, sizes, widths):
     assert trained[0] == trained[1]
 
 
-def counted(budget: int) -> tuple[int, int]:
+def counted(budget: int, packing: bool = False) -> tuple[int, int]:
     """On a rank: real and padded tokens of an update."""
-    recipe = tiny.recipe(ppo={"tokens_per_micro_batch": budget})
+    recipe = tiny.recipe(ppo={"tokens_per_micro_batch": budget, "packing": packing})
     engine = tiny.engine(recipe)
     stats = update(engine, tiny.experience(), recipe, 0, 0.0, frozenset())
     engine.close()
@@ -300,7 +353,7 @@ def counted(budget: int) -> tuple[int, int]:
 @pytest.mark.dist
 def test_the_update_counts_its_padding(pool, single):
     """Two epochs of 56 tokens; alone in its forward no row is padded; together each minibatch is one rectangle."""
-    assert pool.run(counted, 1) == [(112, 112)] * 2
+    assert pool.run(counted, 1) == pool.run(counted, 10_000, True) == [(112, 112)] * 2
     lengths = tiny.rollout().sequence_lengths
     minibatches = [rows for epoch in (0, 1) for rows in minibatch_rows(0, 0, epoch, 7, 4)]
     assert single.run(counted, 10_000) == [(112, sum(laid_out(rows, lengths) for rows in minibatches))]

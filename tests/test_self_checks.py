@@ -14,6 +14,7 @@ from torch import nn
 
 from engine import (
     adapters,
+    attention,
     dist,
     environment_checks,
     models,
@@ -25,11 +26,11 @@ from engine import (
     zero,
 )
 from engine.batch import Rollout
+from engine.causal import hidden_states as real_hidden_states
 from engine.command_line import load_recipe
 from engine.errors import RecipeError
 from engine.randomness import generator
 from engine.roles import ACTOR, CRITIC, REFERENCE, RolesModel
-from engine.roles import hidden_states as real_hidden_states
 from engine.trainer import Trainer, train
 from tests import checkpoints, tiny
 from tests.launching import launch, launch_plain
@@ -80,7 +81,7 @@ def a_layer_looks_at_the_batch(patch) -> None:
         hidden = real_hidden_states(*arguments)
         return hidden + 0.01 * hidden.mean(0)
 
-    patch.setattr("engine.roles.hidden_states", mixed)
+    patch.setattr("engine.causal.hidden_states", mixed)
 
 
 def score_at_the_end_of_the_padding(patch) -> None:
@@ -117,7 +118,9 @@ def score_before_the_end(patch) -> None:
 def score_by_ids(patch) -> None:
     """As transformers' own classifiers pool."""
     patch.setattr(
-        reward_sources, "last_token_scores", lambda m, ids, mask: scoring.last_token_scores(m, ids, mask & (ids != 1))
+        reward_sources,
+        "last_token_scores",
+        lambda m, ids, mask, packed: scoring.last_token_scores(m, ids, mask & (ids != 1), packed),
     )
 
 
@@ -135,6 +138,15 @@ def value_behind_its_token(patch) -> None:
 
 def samples_share_numbers(patch) -> None:
     patch.setattr(sampling, "generator", lambda seed, stream, draw, sample: generator(seed, stream, draw))
+
+
+def packed_sequences_see_each_other(patch) -> None:
+    one_by_one = attention._one_by_one
+
+    def as_one(module, query, key, value, mask, lengths, settings):
+        return one_by_one(module, query, key, value, None, [sum(lengths)], settings)
+
+    patch.setattr(attention, "_one_by_one", as_one)
 
 
 def little_room(patch) -> None:
@@ -216,6 +228,7 @@ OTHERWISE = {
     "zero0": {"zero": {"ds_config": "ds_configs/zero0.json"}, "generation": {"temperature": 0.7, "top_p": 0.9}},
     "a critic of its own": {"critic": {"home": "model", "train": "full"}},
     "a reference of its own": {"reference": {"home": "model"}, "kl": {"estimator": "full"}},
+    "packed": {"ppo": {"tokens_per_micro_batch": 64, "packing": True}, "zero": {"ds_config": "ds_configs/zero2.json"}},
     "everything in full": {
         "actor": {"train": "full"},
         "critic": {"home": "model"},
@@ -239,6 +252,15 @@ def test_a_fault_is_seen_by_name(single, recipe, fault):
     assert set(failed(found)) >= FAULTS[fault]
     if fault not in (dropout_stays_on, a_layer_looks_at_the_batch):
         assert set(failed(found)) == FAULTS[fault], failed(found)
+
+
+def test_sequences_that_are_not_kept_apart_are_seen(single, recipe):
+    (found,) = single.run(checked_packed, recipe)
+    assert {"first ratio is 1", "batched is alone"} <= set(failed(found)), found
+
+
+def checked_packed(recipe: str) -> list[dict]:
+    return checked(recipe, packed_sequences_see_each_other, sections=OTHERWISE["packed"])
 
 
 @pytest.mark.parametrize("fault", [another_seed_on_rank_1, others_weights_on_rank_1], ids=lambda fault: fault.__name__)
