@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
+from pathlib import Path
 
 from pydantic import ByteSize
 from rich.console import Console
@@ -29,9 +30,7 @@ def page(phases: dict[str, dict[str, Bytes]], device_memory: int | None) -> str:
     totals = {phase: device_total(homes) for phase, homes in phases.items()}
     table.add_row("all", "", *map(_readable, totals.values()))
     if device_memory is not None:
-        table.add_row(
-            "", "left for activations and gathered layers", *(_readable(device_memory - t) for t in totals.values())
-        )
+        table.add_row("", "left", *(_readable(device_memory - total) for total in totals.values()))
     host = sum((Counter(of.host) for of in phases["training"].values()), Counter())
     text = io.StringIO()
     console = Console(file=text, width=140)
@@ -39,8 +38,33 @@ def page(phases: dict[str, dict[str, Bytes]], device_memory: int | None) -> str:
     if host:
         parts = ", ".join(f"{part} {_readable(size)}" for part, size in host.items())
         console.print(f"in host memory, for each rank: {_readable(sum(host.values()))} ({parts})")
-    console.print("Not counted: activations, and the layers that ZeRO-3 gathers for a forward.")
+    console.print("Not counted: what a layer needs while it computes, and what the allocator can't use.")
     return text.getvalue()
+
+
+def draw(phases: dict[str, dict[str, Bytes]], device_memory: int | None, path: Path) -> None:
+    """A bar for each phase, its parts one above the other, and a line where the device's memory ends."""
+    import matplotlib  # here: a plan without a picture needn't wait for it
+
+    matplotlib.use("Agg")  # no screen on a cluster
+    import matplotlib.pyplot as plt
+
+    rows = dict.fromkeys((name, part) for homes in phases.values() for name, of in homes.items() for part in of.device)
+    colours = matplotlib.colormaps["tab20"].colors
+    figure, axis = plt.subplots(figsize=(9, 5), constrained_layout=True)
+    below = [0.0] * len(phases)
+    for index, (name, part) in enumerate(rows):
+        sizes = [homes[name].device[part] / 1e9 for homes in phases.values()]
+        colour = colours[index % len(colours)]
+        axis.bar(list(phases), sizes, bottom=below, width=0.6, color=colour, label=f"{name}: {part}")
+        below = [start + size for start, size in zip(below, sizes, strict=True)]
+    if device_memory is not None:
+        axis.axhline(device_memory / 1e9, color="black", linestyle="--", label="the device's memory")
+    axis.set_ylabel("GB of a rank's device")
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles[::-1], labels[::-1], loc="outside right upper")  # as they lie
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def device_total(homes: dict[str, Bytes]) -> int:

@@ -1,8 +1,9 @@
 """Predicts the bytes of a rank by phase and part, before anything is launched.
 
 What DeepSpeed 0.19.8 keeps of weights, gradients and optimizer at each stage is counted to the byte, alignment, padding
-and buffers included; so are the sampler's copy, a full KV cache and the buffers of log-probs. Not counted: activations,
-and the layers that ZeRO-3 gathers for a forward.
+and buffers included; so are the sampler's copy, a full KV cache and the buffers of log-probs. What a micro-batch of the
+longest sequences keeps for its backward is counted by `engine/activations.py`; of weights that ZeRO-3 gathers, the most
+that there can be. Not counted: what a layer needs while it computes, and what the allocator can't use.
 """
 
 from __future__ import annotations
@@ -12,16 +13,20 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from engine import models, shapes
+from engine import activations, models, shapes
 from engine.config import Recipe
 from engine.device_memory import kv_cache_bytes
 from engine.ds_config import resolve_ds_config
+from engine.fetching import PREFETCH
 from engine.kv_cache import BLOCK
 from engine.shapes import Home, Weight
 from engine.vocabulary_head import LOGITS_BYTES
 
 WEIGHTS, MASTERS, MOMENTS, GRADIENTS, BUCKETS = "weights", "masters", "moments", "gradients", "buckets"
 COPY, CACHE, LOGITS = "sampler's copy", "KV cache", "log-probs"
+ACTIVATIONS, GATHERED = "activations", "gathered weights"
+REUSE_DISTANCE = 10**9
+"""Elements: weights that come again within so many stay gathered (DeepSpeed's default)."""
 SCALAR = 4
 """torch's AdamW counts the steps of each of its tensors in a float32, DeepSpeed's for offloaded ones in Python."""
 
@@ -55,16 +60,22 @@ def phases(
     homes = shapes.homes(recipe)
     training = {home.name: state(home, recipe, raw, ranks, on_cuda) for home in homes}
     resting = {home.name: _resting(training[home.name], home, raw) for home in homes}
-    shared = homes[0]
-    room = None
+    shared, room = homes[0], None
     if device_memory is not None:
         room = device_memory - sum(sum(of.device.values()) for of in resting.values())
     decoding = _generation(shared, recipe, resolve(shared, recipe, raw, ranks, on_cuda), ranks, room)
-    generation = resting | {shared.name: resting[shared.name] + decoding}
+    inference = dict(resting)
+    for home in homes:
+        inference[home.name] += Bytes(Counter({GATHERED: gathered_bytes(home, recipe, raw, room, backward=False)}))
+        if not home.frozen_engine:
+            training[home.name] += Bytes(Counter({GATHERED: gathered_bytes(home, recipe, raw, room, backward=True)}))
+    for name, size in activations.of_training(recipe, on_cuda).items():
+        kept = Counter({ACTIVATIONS: size})
+        training[name] += Bytes(host=kept) if recipe.zero.offload_activations else Bytes(kept)
     logits = Bytes(Counter({LOGITS: 3 * LOGITS_BYTES}))
     return {
-        "generation": generation,
-        "inference": resting | {shared.name: resting[shared.name] + logits},
+        "generation": resting | {shared.name: resting[shared.name] + decoding},
+        "inference": inference | {shared.name: inference[shared.name] + logits},
         "training": training | {shared.name: training[shared.name] + logits},
     }
 
@@ -120,6 +131,42 @@ def copy_bytes(home: Home, recipe: Recipe, config: dict) -> tuple[int, int]:
     for weight in apart:
         groups[weight.name if weight.layer is None else weight.layer] += weight.nbytes
     return _whole(apart), max(groups.values(), default=0)
+
+
+def gathered_bytes(home: Home, recipe: Recipe, raw: dict, room: int | None, backward: bool) -> int:
+    """The most of a home's weights that are whole at a time, beside those that always are.
+
+    Args:
+        raw: the recipe's DeepSpeed configuration, as read.
+        room: free bytes of the device; None: unlimited.
+        backward: forwards have one, in which the same weights come again.
+    """
+    zero = raw.get("zero_optimization", {})
+    if not home.frozen_engine and zero.get("stage", 0) != 3:
+        return 0
+    whole = 0 if home.frozen_engine else _persistent(resolve(home, recipe, raw, 1, True)["zero_optimization"])
+    cut = [w for w in home.weights if w.elements > whole]
+    keep = recipe.zero.keep_gathered_bytes
+    if keep == "auto":
+        offloaded = home.offloaded or _device(zero, "offload_param") != "none"
+        keep = 0 if offloaded else math.inf if room is None else room // 10
+    kept = 0
+    for trains in (False, True):  # as fetching.PhaseWeights chooses
+        group = [w for w in cut if w.trains == trains]
+        if kept + _whole(group) > keep:
+            break
+        kept += _whole(group)
+        cut = [w for w in cut if w.trains != trains]
+    groups = Counter()
+    for weight in cut:
+        groups[weight.name if weight.layer is None else weight.layer] += weight.nbytes
+    itemsize, largest = max((w.itemsize for w in cut), default=1), max(groups.values(), default=0)
+    ahead = "auto" if home.frozen_engine else _stage_3_value(zero, "prefetch_bucket_size", PREFETCH)
+    ahead = min(largest, PREFETCH * itemsize) if ahead == "auto" else ahead * itemsize
+    in_use = largest + max(largest, ahead)  # one computes, and what comes next is fetched
+    if backward:
+        in_use += int(_stage_3_value(zero, "max_reuse_distance", REUSE_DISTANCE)) * itemsize
+    return kept + min(_whole(cut), in_use)
 
 
 def state(home: Home, recipe: Recipe, raw: dict, ranks: int, on_cuda: bool) -> Bytes:
@@ -249,7 +296,11 @@ def _stage_3(home: Home, groups: dict[str, list[Weight]], config: dict, ranks: i
 
 def _persistent(zero: dict) -> int:
     """Elements up to which a weight is whole on every rank at all times."""
-    return zero.get("param_persistence_threshold", zero.get("stage3_param_persistence_threshold", 100_000))
+    return _stage_3_value(zero, "param_persistence_threshold", 100_000)
+
+
+def _stage_3_value(zero: dict, key: str, default: int) -> int | str:
+    return zero.get(key, zero.get(f"stage3_{key}", default))
 
 
 def _stage(raw: dict) -> int:

@@ -24,6 +24,7 @@ from engine.fetching import decoder_layers
 from engine.role_config import LoraSettings
 
 BASE, ACTOR, CRITIC, REFERENCE = "base", "actor", "critic", "reference"
+SHARED = "shared base"
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def _shared(recipe: Recipe) -> Home:
         if reward.adapter:
             weights += _adapter(model, _saved(reward.adapter), itemsize, reward.label, trains=False)
             weights.append(Weight("score.weight", hidden, itemsize, reward.label))
-    return Home("shared base", model, tuple(weights))
+    return Home(SHARED, model, tuple(weights))
 
 
 def _critic(recipe: Recipe) -> Home:

@@ -20,19 +20,32 @@ def main() -> None:
 
         set_up_logging()
         with quiet_imports():
-            from engine import plan_report, planner
+            from engine import fitting, plan_report, planner
         raw = read_ds_config(recipe.zero.ds_config)
         found = planner.phases(recipe, raw, options.gpus, not options.on_cpu, options.gpu_memory)
         if options.json:
             options.json.write_text(json.dumps(plan_report.as_json(found), indent=2) + "\n")
+        if options.png:
+            plan_report.draw(found, options.gpu_memory, options.png)
         print(plan_report.page(found, options.gpu_memory), end="")
-        peak = max(map(plan_report.device_total, found.values()))
+        phase = max(found, key=lambda phase: plan_report.device_total(found[phase]))
+        peak = plan_report.device_total(found[phase])
         if options.gpu_memory is not None and peak > options.gpu_memory:
+            job = fitting.Job(recipe, options.gpus, not options.on_cpu, options.gpu_memory)
             raise RecipeError(
-                f"a rank needs {peak / 1e9:.1f} GB before any activation, and --gpu-memory is "
-                f"{options.gpu_memory / 1e9:.1f} GB; take more devices, model.quantization nf4, fewer "
-                "generation.max_concurrent_sequences or a ds_config that offloads"
+                f"in {phase} a rank needs {peak / 1e9:.1f} GB, and --gpu-memory is {options.gpu_memory / 1e9:.1f} GB; "
+                + _remedy(fitting.nearest(job), fitting.devices(job))
             )
+
+
+def _remedy(settings: dict[str, object], devices: int | None) -> str:
+    """What makes it fit, in words."""
+    options = " ".join(
+        f"--{key} {value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()
+    )
+    ways = [f"it fits with {options}"] if settings else []
+    ways += [f"{'or ' if ways else 'it fits '}on {devices} devices"] if devices else []
+    return " ".join(ways) or "no setting that is known makes it fit; take a smaller model"
 
 
 def _arguments() -> tuple[Namespace, list[str]]:
@@ -40,7 +53,7 @@ def _arguments() -> tuple[Namespace, list[str]]:
     parser = ArgumentParser(
         prog="launch/plan.py",
         description="What a rank holds in each phase, from the configs of the recipe's models: no weight is read.\n"
-        "Weights, gradients, optimizer, DeepSpeed's buckets, the sampler's copy, KV cache, log-probs; no activations.",
+        "Weights, gradients, optimizer, DeepSpeed's buckets, the sampler's copy, KV cache, log-probs, activations.",
         epilog="Every key of the recipe is an option too (--model.path DIR --critic.home trunk): see launch/train.py "
         "--help.",
         formatter_class=RawDescriptionHelpFormatter,
@@ -49,6 +62,7 @@ def _arguments() -> tuple[Namespace, list[str]]:
     parser.add_argument("--gpus", type=_count, required=True, metavar="N", help="devices of the whole job, a rank each")
     parser.add_argument("--gpu-memory", type=_bytes, metavar="SIZE", help="of one device, such as 80GB or 24GiB")
     parser.add_argument("--on-cpu", action="store_true", help="the ranks compute on CPUs: smaller buckets")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="the plan as a picture: a bar for each phase")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the plan once more, in bytes, for machines")
     return parser.parse_known_args()
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils import checkpoint
 
 
 def held(engine) -> dict[str, int]:
@@ -59,3 +64,65 @@ def fresh_bytes(tensors: Iterable[Tensor], seen: set[int]) -> int:
             seen.add(storage.data_ptr())
             total += storage.nbytes()
     return total
+
+
+class _Box:
+    """Around a saved tensor: it lives as long as a graph needs that."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+
+
+@contextmanager
+def kept_for_backward(modules: list[nn.Module]) -> Iterator[list[int]]:
+    """Inside, at each tensor that autograd saves: the bytes of all that graphs hold then. Weights are none of it.
+
+    A checkpointed layer saves nothing that autograd shows, and holds its input.
+    """
+    boxes, inputs, again, samples = weakref.WeakSet(), [], [], []
+
+    def weights() -> set[int]:
+        return {p.data.untyped_storage().data_ptr() for module in modules for p in module.parameters()}
+
+    def sample() -> None:
+        alive = [found for given in inputs if (found := given()) is not None]
+        samples.append(fresh_bytes([*(box.tensor for box in boxes), *alive, *again], set()))
+
+    def pack(tensor: Tensor) -> _Box | Tensor:
+        if tensor.untyped_storage().data_ptr() in weights():
+            return tensor
+        box = _Box(tensor)
+        boxes.add(box)
+        sample()
+        return box
+
+    def enter(_, given: tuple, named: dict) -> None:
+        inputs.append(weakref.ref(given[0] if given else named["hidden_states"]))
+
+    class Recomputed(checkpoint._recomputation_hook):
+        """What a layer saves when it is computed again, until the next one is."""
+
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            own = self.pack_hook
+            again.clear()
+
+            def noted(tensor: Tensor):
+                if tensor.untyped_storage().data_ptr() not in weights():
+                    again.append(tensor.detach())
+                    sample()
+                return own(tensor)
+
+            self.pack_hook = noted
+
+    layers = [part for module in modules for part in module.modules() if type(part).__name__.endswith("DecoderLayer")]
+    hooks = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers]
+    try:
+        with (
+            patch.object(checkpoint, "_recomputation_hook", Recomputed),
+            saved_tensors_hooks(pack, lambda box: box.tensor if isinstance(box, _Box) else box),
+        ):
+            yield samples
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -20,11 +20,11 @@ LAYERS = [
     {"adapters", "sampling", "fused_lora", "vocabulary_head", "model_card", "merging", "chat"}
     | {"environment_checks"}
     | {"shapes"},
-    {"roles", "adapter_checks", "planner"},
-    {"weight_groups", "plan_report"},
-    {"replica", "model_checks"},
-    {"hybrid_engine", "checks", "logprob_memory"},
-    {"checkpoint", "export", "reward_sources", "watchdog"},
+    {"roles", "adapter_checks"},
+    {"weight_groups", "activations"},
+    {"replica", "model_checks", "planner"},
+    {"hybrid_engine", "checks", "logprob_memory", "plan_report"},
+    {"checkpoint", "export", "reward_sources", "watchdog", "fitting"},
     {"rollout", "evaluation", "advantages", "update", "supervised", "resume", "interruption"} | {"export_source"},
     {"heldout", "toyworld", "export_check", "probes"},
     {"report", "benchmark_report", "run_folder", "self_checks"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -20,6 +21,8 @@ LARGE = {
     "vocab_size": 128256,
 }
 """Llama 3 70B: 70,553,706,496 weights."""
+OFFLINE = os.environ | {"HF_HUB_OFFLINE": "1"}
+"""A name that is no folder would be looked for on the hub, again and again."""
 ADAPTER = 80 * 64 * (2 * (8192 + 8192) + 2 * (8192 + 1024) + 3 * (8192 + 28672))
 
 
@@ -31,11 +34,12 @@ def plan(tmp_path):
         f"model: {{path: {tmp_path}, dtype: bfloat16}}\n"
         "actor: {lora: {rank: 64}}\ncritic: {lora: {rank: 64}}\n"
         "rewards: [{function: 'tests/tiny.py:length_reward'}]\n"
+        "zero: {activation_checkpointing: true}\n"
     )
 
     def run(*options):
         command = [sys.executable, str(REPOSITORY / "launch/plan.py"), str(recipe), *options]
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=OFFLINE)
 
     return run
 
@@ -53,13 +57,28 @@ def test_seventy_billion_on_eight_devices(plan, tmp_path):
     generation = parts["generation"]["shared base"]["device"]
     assert 2 * 2 * 856e6 < generation["sampler's copy"] < 80e9 - training["weights"]
     assert sum(generation.values()) < 80e9, "the rest is fetched while decoding"
-    assert "left for activations" in found.stdout and "Not counted: activations" in found.stdout
+    assert "Not counted: what a layer needs while it computes" in found.stdout
 
 
-def test_what_does_not_fit_is_said(plan):
-    found = plan("--gpus", "8", "--gpu-memory", "24GB")
-    assert found.returncode == 2
-    assert "error: this plan can't start" in found.stderr and "--gpu-memory is 24.0 GB" in found.stderr
+def test_what_does_not_fit_is_said_with_the_nearest_change(plan, tmp_path):
+    options = ["--gpus", "8", "--gpu-memory", "80GB", "--zero.activation_checkpointing", "false"]
+    found = plan(*options, "--png", "plan.png")
+    assert found.returncode == 2 and "error: this plan can't start" in found.stderr
+    assert "in training a rank needs" in found.stderr and "--gpu-memory is 80.0 GB" in found.stderr
+    assert "it fits with --zero.activation_checkpointing true" in found.stderr
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_one_change_does_not_mend(plan):
+    """21 GB of shards leave 24 GB little: each of the settings that are told is needed, together they are enough."""
+    options = ["--gpus", "8", "--gpu-memory", "24GB", "--zero.activation_checkpointing", "false"]
+    found = plan(*options)
+    assert found.returncode == 2 and "in training a rank needs" in found.stderr
+    told = found.stderr.split("it fits with ")[1].split(" or on ")[0].split()
+    assert len(told) == 4, found.stderr
+    assert plan(*options, *told).returncode == 0
+    for fewer in (told[:2], told[2:]):
+        assert plan(*options, *fewer).returncode == 2
 
 
 @pytest.mark.parametrize(

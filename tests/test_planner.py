@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from engine import models, planner, shapes, zero
+from engine import activations, attention, models, planner, shapes, zero
+from engine.batch import Rollout
 from engine.ds_config import read_ds_config
 from engine.hybrid_engine import HybridEngine
 from engine.roles import ReferenceModel, RolesModel, ValueModel
@@ -137,3 +139,106 @@ def test_the_samplers_copy_to_the_byte(pool, tmp_path, home, stage, dtype):
     config = planner.resolve(shared, settings, read_ds_config(settings.zero.ds_config), 2, on_cuda=False)
     predicted, _ = planner.copy_bytes(shared, settings, config)
     assert pool.run(copied, str(tmp_path), stage, dtype, HOMES[home]) == [predicted] * 2
+
+
+ROWS, PROMPT, RESPONSE = 4, 9, 23
+KEPT = {
+    **HOMES,
+    "checkpointed": {"zero": {"activation_checkpointing": True}},
+    "checkpointed, critic apart": {"critic": {"home": "model"}, "zero": {"activation_checkpointing": True}},
+    "full kl in the loss": {"kl": {"placement": "loss", "estimator": "full"}},
+    "entropy": {"ppo": {"entropy_coef": 0.01}},
+    "packed": {"ppo": {"tokens_per_micro_batch": ROWS * (PROMPT + RESPONSE), "packing": True}},
+}
+
+
+def with_sizes(changes: dict) -> dict:
+    sections = {
+        "data": {"max_prompt_tokens": PROMPT},
+        "generation": {"max_new_tokens": RESPONSE},
+        "ppo": {"micro_batch_sequences": ROWS},
+    }
+    return sections | {name: tiny._merge(sections.get(name, {}), section) for name, section in changes.items()}
+
+
+def longest_rows(different: bool) -> Rollout:
+    """A micro-batch as wide as the recipe allows: of other rows too, or of such alone."""
+    torch.manual_seed(0)
+    prompts, responses = ([PROMPT, 5, 7, 3], [RESPONSE, 11, 2, 17]) if different else ([PROMPT] * 4, [RESPONSE] * 4)
+    return Rollout(
+        prompt_ids=torch.randint(3, 50, (ROWS, PROMPT)),
+        prompt_lengths=torch.tensor(prompts),
+        response_ids=torch.randint(3, 50, (ROWS, RESPONSE)),
+        response_lengths=torch.tensor(responses),
+        ended=torch.ones(ROWS, dtype=torch.bool),
+        sampler_logprobs=torch.zeros(ROWS, RESPONSE),
+        draws=torch.arange(ROWS),
+        samples=torch.zeros(ROWS, dtype=torch.int64),
+    )
+
+
+def kept(path: str, stage: str, dtype: str, changes: dict) -> int:
+    """The most that the graphs of a micro-batch hold."""
+    attention.take_over()  # as loading a checkpoint does
+    engine, settings = engine_of(path, stage, dtype, 3, changes)
+    rollout, ppo = longest_rows(different=not settings.ppo.packing), settings.ppo
+    full_kl = settings.kl.placement == "loss" and settings.kl.estimator == "full"
+    modules = list(dict.fromkeys([engine.roles, engine.home("critic")]))
+    with live_storages.kept_for_backward(modules) as samples:
+        wanted = {"entropy": True, "entropy_grad": ppo.entropy_coef > 0, "values": True, "full_kl": full_kl}
+        output = engine.forward(rollout, torch.arange(ROWS), **wanted)
+        policy = output.logprobs.sum() + (output.full_kl.sum() if full_kl else 0)
+        policy = policy + (output.entropy.sum() if ppo.entropy_coef else 0)
+        engine.backward(policy, output.values.sum(), last=True)
+    engine.close()
+    return max(samples)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("stage", ["zero0", "zero3"])
+@pytest.mark.parametrize("case", KEPT)
+def test_activations(pool, tmp_path, case, stage, dtype):
+    """Within 15%: what a layer's small tensors take, and attention's own, differ between devices."""
+    changes = with_sizes(KEPT[case])
+    predicted = sum(activations.of_training(recipe_of(tmp_path, stage, dtype, 3, changes), on_cuda=False).values())
+    for real in pool.run(kept, str(tmp_path), stage, dtype, changes):
+        assert predicted == pytest.approx(real, rel=0.15)
+
+
+def gathered(path: str, stage: str, changes: dict) -> int:
+    """The most bytes of cut weights that are whole at a time in an update."""
+    engine, settings = engine_of(path, stage, "float32", 3, changes)
+    cut = [p for p in engine.roles.parameters() if p.ds_numel > engine.engine.engine.zero_param_persistence_threshold()]
+    seen = []
+
+    def look(*ignored) -> None:
+        seen.append(sum(p.nbytes for p in cut if zero.is_gathered(p)))
+
+    for module in engine.roles.modules():
+        module.register_forward_hook(look)
+    for parameter in engine.roles.parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(look)
+    update(engine, tiny.experience(), settings, 0, 0.0, frozenset())
+    engine.close()
+    return max(seen)
+
+
+@pytest.mark.parametrize("keep", [0, 10**9])
+@pytest.mark.parametrize("distance", [0, 10**9])
+@pytest.mark.parametrize("stage", ["zero3", "all sharded"])
+def test_gathered_weights(pool, tmp_path, stage, distance, keep):
+    """All that is kept for a phase, or at most what is in use and comes again soon."""
+    changes = {"zero": {"keep_gathered_bytes": keep}}
+    settings = recipe_of(tmp_path, stage, "float32", 3, changes)
+    raw = read_ds_config(settings.zero.ds_config)
+    raw["zero_optimization"]["stage3_max_reuse_distance"] = distance
+    file = tmp_path / "ds_config.json"
+    file.write_text(json.dumps(raw))
+    changes["zero"]["ds_config"] = str(file)
+    shared, *_ = shapes.homes(settings)
+    predicted = planner.gathered_bytes(shared, settings, raw, None, backward=True)
+    real = max(pool.run(gathered, str(tmp_path), stage, changes))
+    assert real <= predicted
+    if keep or distance or stage == "all sharded":  # which fetches ahead all that there is
+        assert real == predicted
