@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from operator import mul
 
 import torch
@@ -77,6 +78,12 @@ def of_training(recipe: Recipe, on_cuda: bool) -> dict[str, int]:
     Raises:
         RecipeError: a config can't be read, or an adapter doesn't fit.
     """
+    return dict(_of_training(recipe.model_dump_json(), on_cuda))
+
+
+@lru_cache  # whoever looks for a plan that fits asks for the same again, on other numbers of ranks
+def _of_training(recipe_text: str, on_cuda: bool) -> dict[str, int]:
+    recipe = Recipe.model_validate_json(recipe_text)
     shape, keeps, layers = Shape.of(recipe), Counter(), {}
 
     def count(home: str, model: PreTrainedModel, repeats: list[int]) -> None:

@@ -17,7 +17,6 @@ from engine import activations, models, shapes
 from engine.config import Recipe
 from engine.device_memory import kv_cache_bytes
 from engine.ds_config import resolve_ds_config
-from engine.fetching import PREFETCH
 from engine.kv_cache import BLOCK
 from engine.shapes import Home, Weight
 from engine.vocabulary_head import LOGITS_BYTES
@@ -25,8 +24,8 @@ from engine.vocabulary_head import LOGITS_BYTES
 WEIGHTS, MASTERS, MOMENTS, GRADIENTS, BUCKETS = "weights", "masters", "moments", "gradients", "buckets"
 COPY, CACHE, LOGITS = "sampler's copy", "KV cache", "log-probs"
 ACTIVATIONS, GATHERED = "activations", "gathered weights"
-REUSE_DISTANCE = 10**9
-"""Elements: weights that come again within so many stay gathered (DeepSpeed's default)."""
+DEFAULT_LIMIT = 10**9
+"""DeepSpeed's, in elements: how many are fetched ahead at most, and within how many weights that come again stay."""
 SCALAR = 4
 """torch's AdamW counts the steps of each of its tensors in a float32, DeepSpeed's for offloaded ones in Python."""
 
@@ -160,12 +159,10 @@ def gathered_bytes(home: Home, recipe: Recipe, raw: dict, room: int | None, back
     groups = Counter()
     for weight in cut:
         groups[weight.name if weight.layer is None else weight.layer] += weight.nbytes
-    itemsize, largest = max((w.itemsize for w in cut), default=1), max(groups.values(), default=0)
-    ahead = "auto" if home.frozen_engine else _stage_3_value(zero, "prefetch_bucket_size", PREFETCH)
-    ahead = min(largest, PREFETCH * itemsize) if ahead == "auto" else ahead * itemsize
-    in_use = largest + max(largest, ahead)  # one computes, and what comes next is fetched
-    if backward:
-        in_use += int(_stage_3_value(zero, "max_reuse_distance", REUSE_DISTANCE)) * itemsize
+    itemsize = max((w.itemsize for w in cut), default=1)
+    limits = ["max_live_parameters", *(["max_reuse_distance"] if backward else [])]  # fetched ahead; coming again soon
+    in_use = sum(int(_stage_3_value(zero, key, DEFAULT_LIMIT)) * itemsize for key in limits)
+    in_use += max(groups.values(), default=0)
     return kept + min(_whole(cut), in_use)
 
 
