@@ -24,6 +24,9 @@ bench: .venv/.installed
 	.venv/bin/python -m pip install --quiet -r requirements.txt
 	touch $@
 
-.venv/.installed-dev: requirements-dev.txt .venv/.installed
+.venv/.installed-dev: requirements-dev.txt tests/system_packages.txt .venv/.installed
 	.venv/bin/python -m pip install --quiet -r requirements-dev.txt
+	packages=$$(grep -v '^#' tests/system_packages.txt); dpkg -s $$packages > /dev/null 2>&1 \
+	|| { test $$(id -u) = 0 && apt-get update -qq && apt-get install -y -qq $$packages > /dev/null; } \
+	|| echo "not installed here: $$packages; tests that need one are skipped"
 	touch $@

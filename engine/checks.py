@@ -7,6 +7,7 @@ from pathlib import Path
 
 from engine import combinations, model_checks
 from engine.config import Recipe, steps_per_iteration
+from engine.ds_checks import machine_problems
 from engine.ds_config import read_ds_config
 from engine.errors import RecipeError
 from engine.plugins import load_function
@@ -104,11 +105,26 @@ def _attempt(function, *arguments) -> list[str]:
 
 
 def _check_ds_config(recipe: Recipe) -> list[str]:
+    problems = []
     try:
         raw = read_ds_config(recipe.zero.ds_config)
+        problems += [f"{recipe.zero.ds_config}: {problem}" for problem in machine_problems(raw)]
+        problems += combinations.problems_at_stage(recipe, raw.get("zero_optimization", {}).get("stage", 0))
+        size = raw.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
+        if size != 1 and recipe.critic.home == "model":
+            problems.append(
+                f"{recipe.zero.ds_config}: zero_optimization.zero_hpz_partition_size takes one trained model, got "
+                f"{size} with critic.home model: DeepSpeed makes its groups of ranks for the first one alone; set "
+                "critic.home to adapter or trunk, or remove it"
+            )
     except RecipeError as error:
-        return list(error.problems)
-    return combinations.problems_at_stage(recipe, raw.get("zero_optimization", {}).get("stage", 0))
+        problems += error.problems
+    try:
+        raw = read_ds_config(recipe.zero.frozen_ds_config, frozen=True)
+        problems += [f"{recipe.zero.frozen_ds_config}: {problem}" for problem in machine_problems(raw)]
+    except RecipeError as error:
+        problems += error.problems
+    return problems
 
 
 def _check_columns(recipe: Recipe) -> list[str]:

@@ -234,6 +234,10 @@ class ZeroConfig(Section):
 
     ds_config: str = "ds_configs/zero3.json"
     """DeepSpeed JSON of the trained engine; "auto" values are filled from the recipe."""
+    frozen_ds_config: str = "ds_configs/inference.json"
+    """DeepSpeed JSON of each frozen model in an engine of its own (rewards, reference.home model)."""
+    nvme_path: str = "runs/nvme"
+    """Folder on a local disk for what the ds_config keeps on NVMe; a run's files there go with the run."""
     keep_gathered_bytes: NonNegativeInt | Literal["auto"] = "auto"
     """ZeRO-3: weights of a model that take no more stay gathered, frozen ones first; auto: a tenth of free memory."""
     activation_checkpointing: bool = False

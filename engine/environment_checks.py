@@ -179,7 +179,8 @@ def _versions() -> dict[str, str]:
 def _files_beside(recipe: Recipe) -> list[str | None]:
     """Of what the recipe names beside models and data: DeepSpeed's JSON, reward functions, the judge."""
     functions = [*(reward.function for reward in recipe.rewards), recipe.evaluation.judge]
-    files = [recipe.zero.ds_config, *(function.rpartition(":")[0] for function in functions if function)]
+    files = [recipe.zero.ds_config, recipe.zero.frozen_ds_config]
+    files += [function.rpartition(":")[0] for function in functions if function]
     return [digest(file) for file in files if locate(file).is_file()]
 
 

@@ -18,7 +18,7 @@ from engine.plan_report import device_total
 Settings = dict[str, object]
 """Keys of the recipe with dots, and what to set them to."""
 MOST_DEVICES, FEWEST_SEQUENCES = 65536, 8
-SMALLER = ["ds_configs/zero3.json", "ds_configs/zero3_cpu_offload.json"]
+SMALLER = ["ds_configs/zero3.json", "ds_configs/zero3_cpu_optimizer.json", "ds_configs/zero3_cpu_offload.json"]
 """DeepSpeed configurations, each of which keeps less on the device than the one before."""
 
 

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from engine import device_memory, dist, fetching, fused_lora, models, onednn, pointwise, zero
 from engine.batch import Rollout, take_rows
 from engine.config import Recipe, steps_per_iteration
-from engine.ds_config import read_ds_config, resolve_ds_config
+from engine.ds_checks import offloads
+from engine.ds_config import frozen_ds_config, read_ds_config, resolve_ds_config, with_second_shards
 from engine.fetching import PhaseWeights
 from engine.replica import Replica
 from engine.role_config import ModelConfig, OptimizerSettings
@@ -81,9 +82,9 @@ class HybridEngine:
         self.critic_engine = self.engine if critic is None else _trained(critic, (CRITIC,), recipe)
         self.reference = self.reference_logits = None
         if reference is not None:
-            dtype = models.DTYPES[recipe.model.dtype]
-            offload = recipe.reference.offload_param == "cpu"
-            self.reference = zero.FrozenEngine(reference, dtype, offload_to_cpu=offload)
+            ahead = fetching.prefetch_elements(reference)
+            config = frozen_ds_config(recipe, recipe.reference.offload_param, prefetch_elements=ahead)
+            self.reference = zero.FrozenEngine(reference, config)
             if recipe.kl.estimator == "full":
                 with torch.no_grad(), zero.gathered(reference.head.parameters()):
                     self.reference_logits = reference.head.whole_copy()
@@ -97,7 +98,9 @@ class HybridEngine:
             RecipeError: a checkpoint or an adapter can't be used; on every rank.
         """
         raw, dtype = read_ds_config(recipe.zero.ds_config), models.DTYPES[recipe.model.dtype]
+        raw = with_second_shards(raw, dist.world_size(), zero.local_ranks())
         zero.check_dtype(dtype)
+        zero.check_offload(raw)
         critic = reference = None
         with refused_together():  # before anything communicates: injecting some adapters does
             sources = named_adapters(recipe)
@@ -109,7 +112,7 @@ class HybridEngine:
                 critic = ValueModel(models.load_critic(settings), recipe.critic)
         if recipe.reference_home == "model":
             settings = _another(recipe.model, recipe.reference_path, quantized=True)
-            with sharded_loading(zero.frozen_config(dtype, recipe.reference.offload_param == "cpu"), dtype):
+            with sharded_loading(frozen_ds_config(recipe, recipe.reference.offload_param), dtype):
                 reference = ReferenceModel(models.load_causal(settings), recipe.generation.temperature)
         return cls(roles, recipe, critic, reference)
 
@@ -187,7 +190,7 @@ class HybridEngine:
         """Only now: a layer of an adapter is fused where its matrices are whole at all times, not for a phase."""
         keep, trained = self.recipe.zero.keep_gathered_bytes, [self.engine]
         trained += [] if self.critic is None else [self.critic_engine]
-        modules = [(e.module, "offload_param" in e.ds_config.get("zero_optimization", {})) for e in trained]
+        modules = [(e.module, offloads(e.ds_config["zero_optimization"], "offload_param")) for e in trained]
         if self.reference is not None:
             modules.append((self.reference.module, self.recipe.reference.offload_param == "cpu"))
         return [zero.phase_weights(module, keep, self.device, offloaded) for module, offloaded in modules]
@@ -356,6 +359,8 @@ def _trained(module: RolesModel | ValueModel, roles: tuple[str, ...], recipe: Re
         trainable_parameters=sum(zero.elements(p) for group in groups for p in group.parameters),
         largest_adapter=max(map(zero.elements, fused_lora.matrices(module)), default=0),
         prefetch_elements=fetching.prefetch_elements(module),
+        local_ranks=zero.local_ranks(),
+        nvme_path=recipe.zero.nvme_path,
     )
     engine = zero.TrainedEngine(module, groups, ds_config, recipe.zero.offload_activations)
     fused_lora.fuse(module, zero.stays_whole)

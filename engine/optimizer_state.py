@@ -69,6 +69,30 @@ def _piece(wrapper, parameter: nn.Parameter, masters: dict[int, Tensor]) -> Piec
     return Piece(masters.get(id(parameter), parameter), 0, 0, parameter.numel())
 
 
+@contextmanager
+def in_memory(wrapper, at: Mapping[str, Piece | None], changed: bool = False) -> Iterator[None]:
+    """Inside, masters and moments that DeepSpeed keeps on a disk are in the tensors that stand for them.
+
+    Args:
+        wrapper: DeepSpeed's optimizer.
+        at: pieces of one role: DeepSpeed's buffers hold one group of the optimizer at a time.
+        changed: they go back to the disk at the end, as they are then.
+    """
+    flats = {id(piece.flat) for piece in at.values() if piece is not None}
+    groups = [i for i, flat in enumerate(getattr(wrapper, "fp32_partitioned_groups_flat", ())) if id(flat) in flats]
+    groups = [i for i in groups if wrapper._swappable_optimizer_subgroup(i)]
+    assert len(groups) <= 1, "more than one group of the optimizer"
+    for group in groups:
+        wrapper._optimizer_states_and_gradient_swap_in(group)
+    try:
+        yield
+    finally:
+        if changed and hasattr(wrapper, "invalidate_secondary_tensor"):
+            wrapper.invalidate_secondary_tensor()  # ZeRO++'s second shards are of the weights before
+        for group in groups:
+            (wrapper._optimizer_states_and_gradient_swap_out if changed else wrapper._release_swap_buffers)(group)
+
+
 def capture(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], at: Mapping[str, Piece | None]
 ) -> dict[str, Tensor]:
@@ -137,7 +161,9 @@ def restore(
         tensors: whole, the same on every rank.
     """
     for flat in {id(piece.flat): piece.flat for piece in at.values() if piece is not None}.values():
-        state = {kind: torch.zeros_like(flat, requires_grad=False) for kind in MOMENTS}
+        # Those there are stay the same tensors: DeepSpeed's swapping to a disk knows them.
+        held = optimizer.state.get(flat, {})
+        state = {kind: held.get(kind, torch.zeros_like(flat, requires_grad=False)).zero_() for kind in MOMENTS}
         # torch's Adam counts in a tensor, DeepSpeed's for the CPU in a number.
         counted = torch.tensor(float(step)) if isinstance(optimizer, torch.optim.Adam) else step
         optimizer.state[flat] = {"step": counted, **state}

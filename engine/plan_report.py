@@ -31,13 +31,15 @@ def page(phases: dict[str, dict[str, Bytes]], device_memory: int | None) -> str:
     table.add_row("all", "", *map(_readable, totals.values()))
     if device_memory is not None:
         table.add_row("", "left", *(_readable(device_memory - total) for total in totals.values()))
-    host = sum((Counter(of.host) for of in phases["training"].values()), Counter())
+    homes = phases["training"].values()
+    elsewhere = {"in host memory": [of.host for of in homes], "on NVMe": [of.disk for of in homes]}
     text = io.StringIO()
     console = Console(file=text, width=140)
     console.print(table)
-    if host:
-        parts = ", ".join(f"{part} {_readable(size)}" for part, size in host.items())
-        console.print(f"in host memory, for each rank: {_readable(sum(host.values()))} ({parts})")
+    for place, counters in elsewhere.items():
+        if held := sum(counters, Counter()):
+            parts = ", ".join(f"{part} {_readable(size)}" for part, size in held.items())
+            console.print(f"{place}, for each rank: {_readable(sum(held.values()))} ({parts})")
     console.print("Not counted: what a layer needs while it computes, and what the allocator can't use.")
     return text.getvalue()
 
@@ -73,9 +75,9 @@ def device_total(homes: dict[str, Bytes]) -> int:
 
 
 def as_json(phases: dict[str, dict[str, Bytes]]) -> dict:
-    """The same for machines: phase -> home -> {"device": {part: bytes}, "host": ...}."""
+    """The same for machines: phase -> home -> {"device": {part: bytes}, "host": ..., "disk": ...}."""
     return {
-        phase: {name: {"device": dict(of.device), "host": dict(of.host)} for name, of in homes.items()}
+        phase: {name: {place: dict(held) for place, held in vars(of).items()} for name, of in homes.items()}
         for phase, homes in phases.items()
     }
 

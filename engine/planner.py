@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from engine import activations, models, shapes
 from engine.config import Recipe
 from engine.device_memory import kv_cache_bytes
-from engine.ds_config import resolve_ds_config
+from engine.ds_checks import device_of, offloads, to_nvme
+from engine.ds_config import frozen_ds_config, resolve_ds_config
 from engine.kv_cache import BLOCK
 from engine.shapes import Home, Weight
 from engine.vocabulary_head import LOGITS_BYTES
@@ -28,17 +29,22 @@ DEFAULT_LIMIT = 10**9
 """DeepSpeed's, in elements: how many are fetched ahead at most, and within how many weights that come again stay."""
 SCALAR = 4
 """torch's AdamW counts the steps of each of its tensors in a float32, DeepSpeed's for offloaded ones in Python."""
+SWAPPED_BYTES = 2**20
+"""DeepSpeed leaves what is smaller in host memory, whatever the ds_config says of NVMe."""
+ALIGNED = 256
+"""Float32 numbers that it reads and writes at a time: 1 KiB."""
 
 
 @dataclass
 class Bytes:
-    """Of one rank: on its device, and in host memory, by part."""
+    """Of one rank: on its device, in host memory and on a disk, by part."""
 
     device: Counter = field(default_factory=Counter)
     host: Counter = field(default_factory=Counter)
+    disk: Counter = field(default_factory=Counter)
 
     def __add__(self, other: Bytes) -> Bytes:
-        return Bytes(self.device + other.device, self.host + other.host)
+        return Bytes(self.device + other.device, self.host + other.host, self.disk + other.disk)
 
 
 def phases(
@@ -84,7 +90,7 @@ def _resting(training: Bytes, home: Home, raw: dict) -> Bytes:
     if home.frozen_engine or _stage(raw) == 3:
         return training
     device = Counter({part: size for part, size in training.device.items() if part not in (GRADIENTS, BUCKETS)})
-    return Bytes(device, training.host)
+    return Bytes(device, training.host, training.disk)
 
 
 def _generation(home: Home, recipe: Recipe, config: dict, ranks: int, room: int | None) -> Bytes:
@@ -147,7 +153,7 @@ def gathered_bytes(home: Home, recipe: Recipe, raw: dict, room: int | None, back
     cut = [w for w in home.weights if w.elements > whole]
     keep = recipe.zero.keep_gathered_bytes
     if keep == "auto":
-        offloaded = home.offloaded or _device(zero, "offload_param") != "none"
+        offloaded = home.offloaded or offloads(zero, "offload_param")
         keep = 0 if offloaded else math.inf if room is None else room // 10
     kept = 0
     for trains in (False, True):  # as fetching.PhaseWeights chooses
@@ -175,10 +181,8 @@ def state(home: Home, recipe: Recipe, raw: dict, ranks: int, on_cuda: bool) -> B
         on_cuda: the devices are CUDA's.
     """
     if home.frozen_engine:
-        place = "host" if home.offloaded else "device"
-        found = Bytes()
-        getattr(found, place)[WEIGHTS] = sum(_shard(w, ranks) * w.itemsize for w in home.weights)
-        return found
+        config = frozen_ds_config(recipe, "cpu" if home.offloaded else "none", on_cuda=on_cuda)
+        return _cut_weights(home, config["zero_optimization"], ranks)
     groups = home.trained()
     config = resolve(home, recipe, raw, ranks, on_cuda)
     stage = config["zero_optimization"]["stage"]
@@ -228,7 +232,7 @@ def _stage_1_2(home: Home, groups: dict[str, list[Weight]], config: dict, ranks:
     """Each group's weights are one flat tensor, of which each rank steps a part."""
     zero, found = config["zero_optimization"], Bytes()
     found.device[WEIGHTS] = _whole(w for w in home.weights if not w.trains)
-    state = found.host if _device(zero, "offload_optimizer") == "cpu" else found.device
+    state = found.host if offloads(zero, "offload_optimizer") else found.device
     for group in groups.values():
         itemsize, flat = group[0].itemsize, _flat(group, ranks)
         part = flat // ranks
@@ -269,26 +273,54 @@ def _flat(group: list[Weight], ranks: int) -> int:
 
 
 def _stage_3(home: Home, groups: dict[str, list[Weight]], config: dict, ranks: int) -> Bytes:
+    zero = config["zero_optimization"]
+    found, on_host = _cut_weights(home, zero, ranks), offloads(zero, "offload_optimizer")
+    state = found.host if on_host else found.device
+    for group in groups.values():
+        itemsize, shards = group[0].itemsize, [_shard(w, ranks) for w in group]
+        part = sum(shards)
+        state[GRADIENTS] += itemsize * part
+        if to_nvme(zero) and 4 * part >= _swapped_from(config):
+            written = [shard // ALIGNED * ALIGNED for shard in shards if 4 * shard >= _swapped_from(config)]
+            found.disk[MASTERS] += 4 * _aligned(part)
+            found.disk[MOMENTS] += 8 * _aligned(part)
+            found.disk[GRADIENTS] += 4 * sum(written)
+            # What isn't written waits in memory for the step, where it is no part of the buffer itself.
+            state[GRADIENTS] += 4 * (part - sum(written)) if itemsize < 4 else 0
+            continue
+        state[MASTERS] += 4 * part  # a copy in float32, too
+        state[MOMENTS] += 8 * part + (0 if on_host else SCALAR)
+        state[GRADIENTS] += 4 * part if on_host else 0
+    if groups:
+        found.device[BUCKETS] += zero["reduce_bucket_size"] * next(iter(groups.values()))[0].itemsize
+    if to_nvme(zero):
+        largest = max((sum(_shard(w, ranks) for w in group) for group in groups.values()), default=0)
+        found.host[BUCKETS] += zero["offload_optimizer"].get("buffer_count", 4) * 4 * _aligned(largest)
+    return found
+
+
+def _cut_weights(home: Home, zero: dict, ranks: int) -> Bytes:
     """Every weight is cut in equal parts; small ones are whole on every rank beside that."""
-    zero, found = config["zero_optimization"], Bytes()
-    offloads_weights = _device(zero, "offload_param") == "cpu"
-    offloads_states = _device(zero, "offload_optimizer") == "cpu"
-    shards = found.host if offloads_weights else found.device
-    state = found.host if offloads_states else found.device
+    found = Bytes()
+    shards = found.host if device_of(zero, "offload_param") == "cpu" else found.device
     for weight in home.weights:
         shard = _shard(weight, ranks) * weight.itemsize
         if weight.elements <= _persistent(zero):  # whole beside it, put together from the padded parts
             found.device[WEIGHTS] += shard + shard * ranks
         else:
             shards[WEIGHTS] += shard
-    for group in groups.values():
-        itemsize, part = group[0].itemsize, sum(_shard(w, ranks) for w in group)
-        state[MASTERS] += 4 * part  # a copy in float32, too
-        state[MOMENTS] += 8 * part + (0 if offloads_states else SCALAR)
-        state[GRADIENTS] += itemsize * part + (4 * part if offloads_states else 0)
-    if groups:
-        found.device[BUCKETS] += zero["reduce_bucket_size"] * next(iter(groups.values()))[0].itemsize
+        if not weight.trains or weight.elements > _persistent(zero):  # a step drops the second shard of what trains
+            second = zero.get("zero_hpz_partition_size", 1)
+            shards[WEIGHTS] += _shard(weight, ranks) * ranks // second * weight.itemsize if second > 1 else 0
     return found
+
+
+def _swapped_from(config: dict) -> int:
+    return max(SWAPPED_BYTES, config.get("aio", {}).get("block_size", 2**20))
+
+
+def _aligned(elements: int) -> int:
+    return math.ceil(elements / ALIGNED) * ALIGNED
 
 
 def _persistent(zero: dict) -> int:
@@ -302,7 +334,3 @@ def _stage_3_value(zero: dict, key: str, default: int) -> int | str:
 
 def _stage(raw: dict) -> int:
     return raw.get("zero_optimization", {}).get("stage", 0)
-
-
-def _device(zero: dict, section: str) -> str:
-    return (zero.get(section) or {}).get("device", "none")

@@ -13,7 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from engine import dist, models, zero
 from engine.batch import Prompts, Rollout, length_mask
 from engine.config import PPOConfig, Recipe, RewardConfig, locate
+from engine.ds_config import frozen_ds_config
 from engine.errors import RunError
+from engine.fetching import prefetch_elements
 from engine.hybrid_engine import HybridEngine
 from engine.minibatches import micro_batches
 from engine.plugins import line_of, load_function
@@ -99,8 +101,7 @@ class RewardModel:
         self.settings = recipe.ppo.for_inference
         self.messages_column = recipe.data.messages_column
         dtype, trust = recipe.model.dtype, recipe.model.trust_remote_code
-        offload = config.offload_param == "cpu"
-        with sharded_loading(zero.frozen_config(models.DTYPES[dtype], offload), models.DTYPES[dtype]):
+        with sharded_loading(frozen_ds_config(recipe, config.offload_param), models.DTYPES[dtype]):
             model = models.load_scorer(config.model, dtype, trust)
         own = other_tokenizer(config.model, tokenizer, self.messages_column is not None, trust)
         # Not every model has a limit, and transformers has one name for those that have.
@@ -109,11 +110,10 @@ class RewardModel:
         self.tokenizer = tokenizer if own is None else own
         if self.text is not None:
             logger.info("reward %s reads text: its tokenizer is another one", self.name)
-        self.engine = zero.FrozenEngine(
-            _Scorer(model, recipe.ppo.packing), models.DTYPES[dtype], offload_to_cpu=offload
-        )
-        keep = recipe.zero.keep_gathered_bytes
-        self.phase_weights = zero.phase_weights(self.engine.module, keep, self.engine.device, offload)
+        ds_config = frozen_ds_config(recipe, config.offload_param, prefetch_elements=prefetch_elements(model))
+        self.engine = zero.FrozenEngine(_Scorer(model, recipe.ppo.packing), ds_config)
+        keep, offloaded = recipe.zero.keep_gathered_bytes, config.offload_param == "cpu"
+        self.phase_weights = zero.phase_weights(self.engine.module, keep, self.engine.device, offloaded)
 
     def score(self, rollout: Rollout, texts: Texts) -> Tensor:
         ids, lengths = self.reads(rollout, texts)

@@ -20,13 +20,15 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
-from engine import causal, device_memory, dist, onednn, optimizer_state, pointwise, progress, traffic
+from engine import causal, device_memory, dist, onednn, optimizer_state, pointwise, progress, swap_folder, traffic
+from engine.ds_checks import device_of, offloads, to_nvme
 from engine.errors import RecipeError
-from engine.fetching import FetchOrders, PhaseWeights, decoder_layers, kind_of, prefetch_elements
+from engine.fetching import FetchOrders, PhaseWeights, decoder_layers, kind_of
 from engine.role_config import OptimizerSettings
 from engine.role_steps import RoleSteps
 
@@ -80,6 +82,24 @@ def check_dtype(dtype: torch.dtype) -> None:
         )
 
 
+def reaches_nvme() -> bool:
+    """Whether DeepSpeed's operator for NVMe can be built here."""
+    with _quiet():
+        return AsyncIOBuilder().is_compatible(verbose=False)
+
+
+def check_offload(ds_config: dict) -> None:
+    """Raise a RecipeError, before anything is loaded, for NVMe where DeepSpeed's operator for it can't be built."""
+    if not to_nvme(ds_config.get("zero_optimization", {})):
+        return
+    if not reaches_nvme():
+        raise RecipeError(
+            "zero_optimization.offload_optimizer.device nvme needs libaio with its headers and a C++ compiler, and "
+            "DeepSpeed finds none here; install them (apt-get install libaio-dev g++), or write cpu"
+        )
+    logger.info("states go to NVMe (the first start on a machine compiles an operator for that: some minutes)")
+
+
 def _share_cores() -> None:
     """Give each rank of this host its share of the cores: threads that outnumber them spin, 20 times slower here."""
     ranks = local_ranks()
@@ -117,10 +137,9 @@ class TrainedEngine:
         listed = {id(p) for group in groups for p in group.parameters}
         trainable = {id(p) for p in module.parameters() if p.requires_grad}
         assert listed == trainable, "a trainable parameter without a group, or a frozen one in a group"
-        self.ds_config = ds_config
-        self.stage: int = ds_config.get("zero_optimization", {}).get("stage", 0)
-        offload = ds_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
-        self.optimizer = _adamw(groups, on_cpu=offload == "cpu")
+        self.ds_config, zero = ds_config, ds_config.get("zero_optimization", {})
+        self.stage: int = zero.get("stage", 0)
+        self.optimizer = _adamw(groups, on_cpu=offloads(zero, "offload_optimizer"))
         self.steps = RoleSteps(partitioned=self.stage > 0)
         self.steps.attach(self.optimizer)
         # In bf16 at stage 0 DeepSpeed takes a step with zero gradients while it starts up. If that counted, Adam's bias
@@ -128,8 +147,9 @@ class TrainedEngine:
         self.steps.skip = True
         for experts in causal.expert_modules(module):
             deepspeed.utils.set_z3_leaf_module(experts, True)
+        private, self.swap_folder = swap_folder.redirected(ds_config)
         with _quiet():
-            self.engine, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=ds_config)
+            self.engine, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=private)
         self.steps.skip = False
         self.fetch_orders = self._fetch_layers_together(module) if self.stage == 3 else None
         self.module = module
@@ -231,38 +251,40 @@ class TrainedEngine:
             self.steps.skip = False
 
     def capture(self, parameters: Mapping[str, nn.Parameter]) -> tuple[dict[str, Tensor], dict]:
-        """Masters and moments of some trained parameters, whole, and the numbers beside them; a collective."""
+        """Masters and moments of a role's parameters, whole, and the numbers beside them; a collective."""
         at = optimizer_state.pieces(self.engine.optimizer, parameters)
         numbers = {"step": optimizer_state.steps(self.optimizer, at)}
         if self.scales_loss:
             numbers["loss_scale"] = optimizer_state.loss_scale(self.engine.optimizer)
-        return optimizer_state.capture(self.optimizer, parameters, at), numbers
+        with optimizer_state.in_memory(self.engine.optimizer, at):
+            return optimizer_state.capture(self.optimizer, parameters, at), numbers
 
     def restore(self, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], numbers: dict) -> None:
         """Put back what `capture` gave, at whatever stage and number of ranks."""
         at = optimizer_state.pieces(self.engine.optimizer, parameters)
-        optimizer_state.restore(self.optimizer, parameters, at, tensors, numbers["step"])
+        with optimizer_state.in_memory(self.engine.optimizer, at, changed=True):
+            optimizer_state.restore(self.optimizer, parameters, at, tensors, numbers["step"])
         if self.scales_loss:
             optimizer_state.restore_loss_scale(self.engine.optimizer, numbers.get("loss_scale", {}))
 
     def close(self) -> None:
-        """Give back hooks and buffers."""
+        """Give back hooks, buffers and what lies on a disk."""
         self.engine.destroy()
+        if self.swap_folder is not None:
+            self.swap_folder.close()
 
 
 class FrozenEngine:
-    """A module for inference alone, sharded by ZeRO-3, its shards in host memory when asked."""
+    """A module for inference alone, sharded by ZeRO-3; `ds_config` is resolved for a model that never trains."""
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype, offload_to_cpu: bool):
+    def __init__(self, module: nn.Module, ds_config: dict):
         module.requires_grad_(False)
-        config = frozen_config(dtype, offload_to_cpu)
-        config["zero_optimization"]["stage3_prefetch_bucket_size"] = prefetch_elements(module)
-        if offload_to_cpu and get_accelerator().device_name() == "cpu":
+        if device_of(ds_config["zero_optimization"], "offload_param") == get_accelerator().device_name():
             logger.warning("offload_param cpu frees nothing here: the device is the CPU itself")
         for part in [*causal.expert_modules(module), *decoder_layers(module)]:
             deepspeed.utils.set_z3_leaf_module(part, True)
         with _quiet():
-            self.engine, *_ = deepspeed.initialize(model=module, config=config)
+            self.engine, *_ = deepspeed.initialize(model=module, config=ds_config)
         onednn.take_over(module)
         pointwise.take_over(module)
         self.module = module
@@ -293,20 +315,6 @@ def phase_weights(
         free = 0 if offloaded else device_memory.free_bytes(device, local_ranks())
         keep_bytes = int(dist.all_reduce(torch.tensor(free // 10), "min"))
     return PhaseWeights(module, keep_bytes)
-
-
-def frozen_config(dtype: torch.dtype, offload_to_cpu: bool) -> dict:
-    """DeepSpeed's configuration of a frozen engine."""
-    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
-    if offload_to_cpu:
-        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_clipping": 0.0,
-        "bf16": {"enabled": dtype == torch.bfloat16},
-        "fp16": {"enabled": dtype == torch.float16},
-        "zero_optimization": zero,
-    }
 
 
 def _adamw(groups: list[ParameterGroup], on_cpu: bool) -> torch.optim.Optimizer:

@@ -31,6 +31,16 @@ def single():
 
 
 @pytest.fixture(scope="session")
+def nvme():
+    """DeepSpeed's operator for NVMe, compiled before ranks would wait minutes for it."""
+    from engine import zero
+
+    if not zero.reaches_nvme():
+        pytest.skip("libaio is missing: install what tests/system_packages.txt names")
+    zero.AsyncIOBuilder().load()
+
+
+@pytest.fixture(scope="session")
 def full_world(pool, tmp_path_factory):
     """The toy world in its full size, built once by two ranks; its folder lies as the quickstart's recipe expects."""
     from engine.toyworld import prepare

@@ -16,6 +16,7 @@ from peft import LoraConfig, TaskType, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from engine import dist, zero
+from engine.ds_config import frozen_ds_config
 from engine.hybrid_engine import HybridEngine
 from engine.roles import ACTOR, CRITIC, ReferenceModel, RolesModel, ValueModel, reward_role
 from engine.update import update
@@ -95,7 +96,7 @@ def four_models() -> dict[str, int]:
     settings = recipe(critic={"home": "model"}, reference={"home": "model"})
     roles, own = RolesModel(base(), settings), ValueModel(scorer(), settings.critic)
     engine = stepped(HybridEngine(roles, settings, own, ReferenceModel(base(), 1.0)), settings)
-    reward = zero.FrozenEngine(scorer(), DTYPE, offload_to_cpu=False)
+    reward = zero.FrozenEngine(scorer(), frozen_ds_config(settings, "none"))
     found = {
         "actor": held_bytes(engine.engine),
         "critic": held_bytes(engine.critic_engine),

@@ -11,11 +11,11 @@ from engine.config import REPOSITORY
 
 LAYERS = [
     {"errors", "combinations", "device_memory", "section", "progress", "fetching", "onednn", "pointwise", "attention"}
-    | {"checkpoint_store", "liveness", "verify_export"},
-    {"checkpoint_config", "role_config", "failure_config", "traffic"},
+    | {"checkpoint_store", "liveness", "verify_export", "ds_checks"},
+    {"checkpoint_config", "role_config", "failure_config", "traffic", "swap_folder"},
     {"ppo", "batch", "causal", "config", "dist", "randomness", "stories", "reward_text", "stopping", "workloads"},
-    {"role_steps", "optimizer_state", "sharded_loading", "identity", "run_state", "findings"},
-    {"zero", "ds_config", "plugins", "command_line", "console", "minibatches", "models", "prompts", "metrics"}
+    {"role_steps", "optimizer_state", "ds_config", "sharded_loading", "identity", "run_state", "findings"},
+    {"zero", "plugins", "command_line", "console", "minibatches", "models", "prompts", "metrics"}
     | {"scoring", "flops", "machine", "kv_cache"},
     {"adapters", "sampling", "fused_lora", "vocabulary_head", "model_card", "merging", "chat"}
     | {"environment_checks"}
@@ -35,7 +35,7 @@ LAYERS = [
 """DESIGN.md section 4 from the bottom up: a module imports from layers strictly below its own."""
 
 LIGHT = ["combinations", "config", "command_line", "ds_config", "plugins", "checks", "model_checks", "reward_text"]
-LIGHT += ["adapter_checks", "section", "checkpoint_config", "role_config", "failure_config"]
+LIGHT += ["ds_checks", "adapter_checks", "section", "checkpoint_config", "role_config", "failure_config"]
 PHASES = {"rollout", "evaluation", "advantages", "update", "supervised"}
 LAYER_OF = {name: index for index, layer in enumerate(LAYERS) for name in layer}
 MODULES = {path.stem: path for path in sorted((REPOSITORY / "engine").glob("*.py")) if path.stem != "__init__"}

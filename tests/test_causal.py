@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
 
 from engine import causal
+from engine.ds_config import frozen_ds_config
 from engine.errors import RecipeError
 from tests import families, tiny
 
@@ -295,7 +296,7 @@ def test_engines_fetch_experts_together(alone):
     from engine import zero
 
     frozen, trained = OldBlock(), OldBlock().requires_grad_(False)
-    engines = [zero.FrozenEngine(frozen, torch.float32, offload_to_cpu=False), trained_engine(trained)]
+    engines = [zero.FrozenEngine(frozen, frozen_ds_config(tiny.recipe(), "none")), trained_engine(trained)]
     for model, engine in zip((frozen, trained), engines, strict=True):
         assert z3_leaf_module(model.mixture) and not z3_leaf_module(model.adapter)
         engine.close()

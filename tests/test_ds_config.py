@@ -6,14 +6,22 @@ import json
 import pytest
 
 from engine.config import REPOSITORY
-from engine.ds_config import OWNED_KEYS, TOP_LEVEL_KEYS, ZERO_KEYS, check_ds_config, read_ds_config, resolve_ds_config
+from engine.ds_checks import OWNED_KEYS, QUANTIZED, TOP_LEVEL_KEYS, ZERO_KEYS, check_ds_config, machine_problems
+from engine.ds_config import read_ds_config, resolve_ds_config, resolve_frozen_ds_config
 from engine.errors import RecipeError
 
-FILES = sorted((REPOSITORY / "ds_configs").glob("*.json"))
+FROZEN = REPOSITORY / "ds_configs" / "inference.json"
+FILES = sorted(set((REPOSITORY / "ds_configs").glob("*.json")) - {FROZEN})
+PLACES = {
+    "zero3_cpu_optimizer": ("cpu", "none"),
+    "zero3_cpu_offload": ("cpu", "cpu"),
+    "zero3_nvme": ("nvme", "cpu"),
+}
+"""Of optimizer and weights, where it isn't the device for both."""
 
 
 def resolve(raw, **changes):
-    known = {"dtype": "float32", "world_size": 2, "micro_batch": 4, "trainable_parameters": 1000}
+    known = {"dtype": "float32", "world_size": 2, "micro_batch": 4, "trainable_parameters": 1000, "on_cuda": False}
     return resolve_ds_config(raw, **(known | changes))
 
 
@@ -35,22 +43,59 @@ def test_every_file_resolves_to_what_deepspeed_accepts(file, dtype):
     from deepspeed.runtime.config import DeepSpeedConfig
 
     # DeepSpeed sees one rank here, where no process group is up.
-    config = resolve(read_ds_config(file), dtype=dtype, world_size=1)
+    config = resolve(read_ds_config(file), dtype=dtype, world_size=1, on_cuda=True)
     parsed = DeepSpeedConfig(config)
     assert parsed.gradient_clipping == 0.0
     assert parsed.train_micro_batch_size_per_gpu == parsed.train_batch_size == 4
     assert parsed.gradient_accumulation_steps == 1
     assert parsed.bfloat16_config.enabled == (dtype == "bfloat16")
     assert parsed.float16_config.enabled == (dtype == "float16")
-    assert f"zero{parsed.zero_config.stage}" in file.stem
-    offload = parsed.zero_config.offload_optimizer
-    assert (offload is not None and offload.device == "cpu") == ("offload" in file.stem)
+    zero = parsed.zero_config
+    assert f"zero{zero.stage}" in file.stem
+    places = tuple(
+        "none" if section is None else section.device for section in (zero.offload_optimizer, zero.offload_param)
+    )
+    assert places == PLACES.get(file.stem, ("none", "none"))
+    quantized = {zero.zero_quantized_weights, zero.zero_quantized_gradients}
+    assert quantized == {file.stem == "zero3_plus_plus"}
     assert "auto" not in json.dumps(config)
 
 
+@pytest.mark.parametrize("offload_param", ["none", "cpu"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_file_for_frozen_models_resolves_to_what_deepspeed_accepts(dtype, offload_param):
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    known = {"dtype": dtype, "offload_param": offload_param, "prefetch_elements": 77}
+    config = resolve_frozen_ds_config(read_ds_config(FROZEN, frozen=True), **known, on_cuda=True)
+    assert "auto" not in json.dumps(config)
+    parsed = DeepSpeedConfig(config)
+    zero = parsed.zero_config
+    assert (zero.stage, zero.param_persistence_threshold, zero.prefetch_bucket_size) == (3, 0, 77)
+    assert parsed.gradient_clipping == 0.0 and parsed.bfloat16_config.enabled == (dtype == "bfloat16")
+    assert parsed.float16_config.enabled == (dtype == "float16")
+    assert (zero.offload_param is None) if offload_param == "none" else (zero.offload_param.device == "cpu")
+
+
+@pytest.mark.parametrize(
+    ("zero", "parts"),
+    [
+        ({"stage": 2}, ["stage must be 3", "got 2"]),
+        ({"stage": 3, "offload_param": {"device": "cpu"}}, ["offload_param.device", "got 'cpu'", 'write "auto"']),
+        ({"stage": 3, "offload_optimizer": {"device": "cpu"}}, ["offload_optimizer", "frozen", "remove it"]),
+        ({"stage": 3, "stage3_prefetch_bucket_sise": 1}, ["unknown key", "stage3_prefetch_bucket_size"]),
+    ],
+)
+def test_a_file_that_is_not_for_frozen_models(tmp_path, zero, parts):
+    with pytest.raises(RecipeError) as caught:
+        read_ds_config(write(tmp_path, json.dumps({"zero_optimization": zero})), frozen=True)
+    assert all(part in str(caught.value) for part in parts)
+
+
 def test_the_files_are_all_there():
-    names = {file.name for file in FILES}
-    assert {"zero0.json", "zero1.json", "zero2.json", "zero3.json", "zero3_cpu_offload.json"} <= names
+    names = {file.name for file in [*FILES, FROZEN]}
+    assert {"zero0.json", "zero1.json", "zero2.json", "zero3.json", "zero3_plus_plus.json", "inference.json"} <= names
+    assert {f"{stem}.json" for stem in PLACES} <= names
     readme = (REPOSITORY / "ds_configs" / "README.md").read_text()
     assert all(name in readme for name in names)
 
@@ -143,6 +188,25 @@ def test_missing_file(tmp_path):
             ["offload_param", "stage 3", "got 2"],
         ),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, ["offload_optimizer", "got 0"]),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "x"}}},
+            ["offload_optimizer needs stage 3", "got 2"],
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
+            ["a folder on a local disk", "no nvme_path", '"nvme_path": "auto"'],
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "x"}}},
+            ["offload_param.device must be none or cpu", "got 'nvme'", "write cpu"],
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "disk"}}},
+            ["none, cpu or nvme", "got 'disk'"],
+        ),
+        ({"zero_optimization": {"stage": 2, "zero_quantized_weights": True}}, ["ZeRO++ needs stage 3", "got 2"]),
+        ({"zero_optimization": {"stage": 2, "zero_hpz_partition_size": "auto"}}, ["hpz", "ZeRO++", "got 2"]),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 0}}, ["the ranks of a host", "got 0"]),
     ],
 )
 def test_what_another_part_owns_is_refused(raw, parts):
@@ -210,12 +274,41 @@ def test_a_role_is_one_sub_group():
     assert "sub_group_size" in said and "1001" in said and "got 1000" in said
 
 
-def test_offload_takes_our_optimizer_and_pins_only_for_a_device():
-    import torch
-
-    config = resolve(read_ds_config("ds_configs/zero3_cpu_offload.json"))
+@pytest.mark.parametrize("on_cuda", [False, True])
+def test_offload_takes_our_optimizer_and_pins_only_for_a_device(on_cuda):
+    config = resolve(read_ds_config("ds_configs/zero3_cpu_offload.json"), on_cuda=on_cuda)
     assert config["zero_force_ds_cpu_optimizer"] is False
-    assert config["zero_optimization"]["offload_param"]["pin_memory"] is torch.cuda.is_available()
+    assert config["zero_optimization"]["offload_param"]["pin_memory"] is on_cuda
+
+
+@pytest.mark.parametrize(
+    ("ranks", "of_a_host", "given", "size"),
+    [(16, 8, "auto", 8), (8, 8, "auto", 1), (8, None, "auto", 1), (16, 8, 4, 4), (16, 8, 1, 1)],
+)
+def test_second_shards_lie_within_a_host(ranks, of_a_host, given, size):
+    raw = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": given}}
+    zero = resolve(raw, world_size=ranks, local_ranks=of_a_host)["zero_optimization"]
+    assert zero["zero_hpz_partition_size"] == size
+    raw["zero_optimization"]["zero_hpz_partition_size"] = 3
+    assert "must divide the 16 ranks, got 3" in problems_of(raw, world_size=16, local_ranks=8)
+
+
+@pytest.mark.parametrize("key", QUANTIZED)
+def test_quantized_traffic_needs_a_cuda_device(key):
+    raw = {"zero_optimization": {"stage": 3, key: True}}
+    assert machine_problems(raw, on_cuda=True) == []
+    (problem,) = machine_problems(raw, on_cuda=False)
+    assert key in problem and "CUDA device, got none" in problem and "ds_configs/zero3.json" in problem
+    assert problem in problems_of(raw)
+    raw["zero_optimization"][key] = False
+    assert machine_problems(raw, on_cuda=False) == [] and resolve(raw)
+
+
+def test_what_goes_to_nvme_goes_where_the_recipe_says():
+    raw = read_ds_config("ds_configs/zero3_nvme.json")
+    assert resolve(raw, nvme_path="/disk")["zero_optimization"]["offload_optimizer"]["nvme_path"] == "/disk"
+    raw["zero_optimization"]["offload_optimizer"]["nvme_path"] = "/mine"
+    assert resolve(raw, nvme_path="/disk")["zero_optimization"]["offload_optimizer"]["nvme_path"] == "/mine"
 
 
 def test_unfillable_auto_is_refused():

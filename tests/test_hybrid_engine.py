@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from engine import zero
+from engine import dist, zero
 from engine.roles import ACTOR, CRITIC
 from engine.update import update
 from tests import tiny
@@ -54,7 +56,7 @@ def expected():
     return found
 
 
-STAGES = ["zero0", "zero1", "zero2", "zero3", "zero3_cpu_offload"]
+STAGES = ["zero0", "zero1", "zero2", "zero3", "zero3_cpu_optimizer", "zero3_cpu_offload"]
 
 
 @pytest.mark.parametrize("home", ["adapter", "trunk"])
@@ -63,6 +65,50 @@ def test_two_ranks_at_every_stage_make_the_plain_update(pool, expected, stage, h
     results = pool.run(run_update, settings(stage, home))
     for result in results:
         assert_same(result, *expected[home])
+
+
+def run_update_with_second_shards(settings: dict) -> dict:
+    with tiny.second_shards():
+        return run_update(settings)
+
+
+def test_second_shards_make_the_plain_update(pool, expected):
+    """ZeRO++'s hpZ, which a CPU can run; what it gathers from is another copy of the weights."""
+    chosen = settings("zero3", "adapter")
+    chosen["zero"]["ds_config"] = tiny.SECOND_SHARDS
+    for result in pool.run(run_update_with_second_shards, chosen):
+        assert_same(result, *expected["adapter"])
+
+
+def run_swapped_update(settings: dict) -> tuple[dict, set[str], list[Path]]:
+    """As `run_update`; also what lay on the disk after a step, and what is left of it at the end."""
+    parent, written = Path(settings["zero"]["nvme_path"]), set()
+    step = zero.TrainedEngine.step
+
+    def watched(self, *arguments):
+        norms = step(self, *arguments)
+        written.update(file.name for file in parent.rglob("*.swp") if file.stat().st_size)
+        return norms
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zero.TrainedEngine, "step", watched)
+        result = run_update(settings)
+    dist.barrier()
+    return result, written, list(parent.iterdir())
+
+
+def test_states_on_nvme_make_the_plain_update(pool, nvme, tmp_path):
+    """Both roles' masters and moments, by the same swap files; small gradients stay in memory, large ones go too."""
+    chosen = {**settings("zero3_nvme", "adapter"), "actor": tiny.SWAPPED["actor"]}
+    chosen["critic"] |= tiny.SWAPPED["critic"]
+    chosen["zero"]["nvme_path"] = str(tmp_path)
+    plain = Reference(tiny.recipe(**chosen))
+    norms = plain.update(tiny.experience())
+    for result, written, left in pool.run(run_swapped_update, chosen):
+        assert_same(result, norms, plain.weights(), tolerance=5e-6)
+        kinds = [name.partition("-")[0] for name in written if name.startswith("exp_avg")]
+        assert sorted(kinds) == ["exp_avg"] * 2 + ["exp_avg_sq"] * 2, written
+        assert left == []
 
 
 OWN_MODELS = {
@@ -82,7 +128,7 @@ def test_models_of_their_own_make_the_plain_update_too(pool, homes):
     common = settings("zero0", chosen["critic"]["home"])
     plain = Reference(tiny.recipe(**{**common, **chosen}))
     norms = plain.update(tiny.experience())
-    for stage in ("zero0", "zero2", "zero3", "zero3_cpu_offload"):
+    for stage in ("zero0", "zero2", "zero3", "zero3_cpu_optimizer", "zero3_cpu_offload"):
         common = settings(stage, chosen["critic"]["home"], checkpointing=stage == "zero3")
         for result in pool.run(run_update, {**common, **chosen}):
             assert_same(result, norms, plain.weights(), tolerance=5e-6)

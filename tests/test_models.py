@@ -19,7 +19,7 @@ from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
 from engine import models, zero
 from engine.config import Recipe
-from engine.ds_config import read_ds_config
+from engine.ds_config import frozen_ds_config, read_ds_config
 from engine.errors import RecipeError
 from engine.hybrid_engine import HybridEngine
 from engine.role_config import ModelConfig
@@ -236,11 +236,11 @@ def test_a_base_loaded_in_shards_trains_to_the_same_bits(pool, tmp_path, ds_conf
 
 
 def scores(folder: Path, sharded: bool) -> torch.Tensor:
-    config = zero.frozen_config(torch.float32, offload_to_cpu=False)
+    config = frozen_ds_config(tiny.recipe(), "none")
     with sharded_loading(config if sharded else None, torch.float32):
         model = models.load_scorer(str(folder), "float32")
     assert all(zero.is_gathered(p) != sharded for p in model.parameters())
-    engine = zero.FrozenEngine(model, torch.float32, offload_to_cpu=False)
+    engine = zero.FrozenEngine(model, config)
     found = engine(input_ids=torch.arange(12)[None] + 3).logits
     engine.close()
     return found

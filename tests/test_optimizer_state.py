@@ -9,19 +9,28 @@ from engine import models, optimizer_state, zero
 from engine.config import Recipe
 from engine.hybrid_engine import HybridEngine
 from engine.update import update
-from tests import tiny
+from tests import live_storages, tiny
 from tests.test_numbers import allow_float16
 
 pytestmark = pytest.mark.dist
 
 OFFLOAD = "ds_configs/zero3_cpu_offload.json"
 STAGES = [tiny.ds_config(name) for name in ("zero0", "zero1", "zero2", "zero3")]
+NVME = "ds_configs/zero3_nvme.json"
 ADAPTER, MODEL, TRUNK = {}, {"critic": {"home": "model"}}, {"critic": {"home": "trunk", "warmup_iterations": 2}}
 FULL = {"actor": {"train": "full"}, "critic": {"home": "model", "train": "full"}, "reference": {"home": "model"}}
 ZERO0, ZERO1, ZERO2, ZERO3 = STAGES
-RUNS = [(stage, "float32", ADAPTER) for stage in (ZERO0, ZERO2, ZERO3, OFFLOAD)]
+OPTIMIZER = "ds_configs/zero3_cpu_optimizer.json"
+RUNS = [(stage, "float32", ADAPTER) for stage in (ZERO0, ZERO2, ZERO3, OPTIMIZER, OFFLOAD)]
 RUNS += [(stage, "bfloat16", ADAPTER) for stage in (ZERO0, ZERO1, ZERO3)]
 RUNS += [(ZERO3, "float16", ADAPTER), (ZERO3, "float32", MODEL), (ZERO2, "float32", TRUNK), (ZERO2, "bfloat16", FULL)]
+
+
+SWAPPED = [
+    (NVME, "float32", tiny.SWAPPED),
+    (NVME, "bfloat16", tiny.SWAPPED),
+    (NVME, "float32", {**tiny.SWAPPED, "critic": {**tiny.SWAPPED["critic"], "home": "trunk", "warmup_iterations": 2}}),
+]
 
 
 def engine_of(stage: str, dtype: str, homes: dict) -> tuple[HybridEngine, Recipe]:
@@ -85,6 +94,41 @@ def interrupted(stage: str, dtype: str, homes: dict) -> dict:
     }
 
 
+@pytest.mark.parametrize("stage, dtype, homes", SWAPPED)
+def test_another_engine_goes_on_bitwise_from_nvme(pool, nvme, stage, dtype, homes):
+    test_another_engine_goes_on_bitwise(pool, stage, dtype, homes)
+
+
+def gone_back(stage: str, homes: dict) -> dict:
+    """An engine that is set back to what it had, and goes on from there."""
+    with tiny.second_shards():
+        engine, recipe = engine_of(stage, "float32", homes)
+        train(engine, recipe, range(1))
+        early, weights = engine.capture(), whole_weights(engine)
+        train(engine, recipe, range(1, 2))
+        late, moved = engine.capture(), not same(whole_weights(engine), weights)
+        memory = live_storages.held(engine.engine)["moments"]
+        engine.restore(*early)
+        back = engine.capture(), whole_weights(engine)
+        train(engine, recipe, range(1, 2))
+        again = engine.capture()
+        kept = live_storages.held(engine.engine)["moments"] == memory
+        engine.close()
+    return {"no bytes more": kept, "back": same(back, (early, weights)), "again": same(again, late), "moved": moved}
+
+
+def test_the_same_engine_goes_back_on_nvme(pool, nvme):
+    """As a roll-back does: its swap files are there already."""
+    for found in pool.run(gone_back, NVME, tiny.SWAPPED):
+        assert all(found.values()), found
+
+
+def test_the_same_engine_goes_back_with_second_shards(pool):
+    """Gathering reads those: they must not be of the weights before."""
+    for found in pool.run(gone_back, tiny.SECOND_SHARDS, ADAPTER):
+        assert all(found.values()), found
+
+
 @pytest.mark.parametrize("stage, dtype, homes", RUNS, ids=lambda x: str(x).removeprefix("ds_configs/"))
 def test_another_engine_goes_on_bitwise(pool, stage, dtype, homes):
     for result in pool.run(interrupted, stage, dtype, homes):
@@ -95,7 +139,7 @@ def test_another_engine_goes_on_bitwise(pool, stage, dtype, homes):
                 master = state[0][role][f"{name}/master"]
                 assert torch.equal(master.to(models.DTYPES[dtype]).float(), weight), f"{name}: not the master, rounded"
         assert state[1]["critic"]["schedule"] > 0 and state[1]["critic"]["step"] > 0
-        waiting = homes is TRUNK  # the actor's warm-up
+        waiting = "warmup_iterations" in homes.get("critic", {})  # the actor's
         assert (state[1]["actor"]["schedule"] == 0) == waiting and (state[1]["actor"]["step"] == 0) == waiting
 
 

@@ -334,7 +334,7 @@ def kl_stop(stage: str) -> dict:
     }
 
 
-@pytest.mark.parametrize("stage", ["zero0", "zero1", "zero2", "zero3", "zero3_cpu_offload"])
+@pytest.mark.parametrize("stage", ["zero0", "zero1", "zero2", "zero3", "zero3_cpu_optimizer", "zero3_cpu_offload"])
 def test_kl_stop_skips_the_rest_and_leaves_no_trace(pool, stage):
     for found in pool.run(kl_stop, stage):
         assert (found["steps"], found["skipped"]) == (0, 4)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+from deepspeed.utils import groups
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from engine import dist, ppo, reward_sources
@@ -31,9 +36,25 @@ def config(**changes) -> LlamaConfig:
     return LlamaConfig(**{**sizes, **changes})
 
 
+SWAPPED = {role: {"lora": {"rank": 520, "alpha": 1040.0}} for role in ("actor", "critic")}
+"""Sections of a recipe whose roles train enough for DeepSpeed to put them on NVMe: a MiB of masters for each rank."""
+
+
 def ds_config(name: str) -> str:
     """The shipped file of a ZeRO stage; for zero3 one that shards everything, or nothing so tiny would be sharded."""
     return "tests/zero3_all_sharded.json" if name == "zero3" else f"ds_configs/{name}.json"
+
+
+SECOND_SHARDS = "tests/zero3_second_shards.json"
+
+
+@contextmanager
+def second_shards() -> Iterator[None]:
+    """Inside, engines can have ZeRO++'s second shards: DeepSpeed would give them to every later engine, too."""
+    try:
+        yield
+    finally:
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
 
 
 def llama(seed: int = 0, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
@@ -60,7 +81,8 @@ def recipe(**sections) -> Recipe:
         "data": {"prompts_per_iteration": 7},
         "generation": {"max_new_tokens": 9},
         "rewards": [{"function": "tests/tiny.py:length_reward"}],
-        "zero": {"keep_gathered_bytes": 0},  # or nothing so tiny would be cut within a phase
+        # 0: or nothing so tiny would be cut within a phase
+        "zero": {"keep_gathered_bytes": 0, "nvme_path": f"{tempfile.gettempdir()}/alternator-nvme"},
     }
     for name, section in sections.items():
         nested = isinstance(section, dict) and isinstance(defaults.get(name), dict)
