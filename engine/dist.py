@@ -6,6 +6,7 @@ Every function works in a plain single process too, where it is the identity.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import logging
 import math
@@ -22,6 +23,7 @@ from engine import progress, traffic
 from engine.errors import RunError
 
 _NO_LIMIT = timedelta(days=7)  # in milliseconds it has to fit 32 bits
+_exchanges = itertools.count()  # those before there is a group; in one order on all ranks
 
 
 def is_distributed() -> bool:
@@ -143,9 +145,9 @@ def exchange_with_hosts(value) -> list[tuple[str, object]]:
     mine = [os.uname().nodename, value]
     if not _will_be_distributed():
         return [tuple(one) for one in all_gather_objects(mine)]
-    store, world = _meeting_point(), int(os.environ["WORLD_SIZE"])
-    store.set(f"value/{rank()}", json.dumps(mine))
-    keys = [f"value/{other}" for other in range(world)]
+    store, world, number = _meeting_point(), int(os.environ["WORLD_SIZE"]), next(_exchanges)
+    store.set(f"value-{number}/{rank()}", json.dumps(mine))
+    keys = [f"value-{number}/{other}" for other in range(world)]
     try:
         store.wait(keys)
     except RuntimeError as error:
@@ -154,9 +156,9 @@ def exchange_with_hosts(value) -> list[tuple[str, object]]:
         raise RunError(f"{said} within {_patience()} (DEEPSPEED_TIMEOUT, in minutes); look at their hosts") from error
     found = [tuple(json.loads(store.get(key))) for key in keys]
     # With rank 0 the store goes: it stays until all have read.
-    if store.add("read", 1) == world:
-        store.set("all have read", "")
-    store.wait(["all have read"])
+    if store.add(f"read-{number}", 1) == world:
+        store.set(f"all-have-read-{number}", "")
+    store.wait([f"all-have-read-{number}"])
     return found
 
 
