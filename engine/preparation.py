@@ -6,6 +6,7 @@ comes from the hub is fetched by one rank of each node: caches are the node's ow
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -112,6 +113,22 @@ def fetch(recipe: Recipe) -> None:
     for dataset in recipe.datasets:
         if Path(dataset).suffix.lower() not in LOCAL_FORMATS:
             problems_of(partial(read_rows, recipe.data, dataset))
+
+
+def writes_for_its_node(folder: Path) -> bool:
+    """Whether this rank is to write what goes into a folder: rank 0, and one of each node that has a disk of its own.
+
+    The folder is there already; all ranks call it (a collective).
+    """
+    token = folder / f".{dist.broadcast_object(uuid.uuid4().hex)}"
+    if dist.rank() == 0:
+        token.touch()
+    dist.barrier()
+    sees_rank_0 = token.exists()
+    dist.barrier()
+    if dist.rank() == 0:
+        token.unlink()
+    return dist.rank() == 0 or (dist.local_rank() == 0 and not sees_rank_0)
 
 
 def _is_hub_name(path: str) -> bool:

@@ -312,8 +312,8 @@ class Watchdog:
 
     def _last_deeds(self, failure: dict) -> None:
         if self._rank == failure["told_by"]:
+            self._keep(failure)  # first: the pipe behind stderr may have gone with the connection to another host
             sys.stderr.write(f"\n{report(failure)}\nall ranks end, with status {FAILED_EXIT_STATUS}\n")
-            self._keep(failure)
         if any(row["rank"] == self._rank for row in failure["culprits"]):
             stack = "".join(traceback.format_stack(sys._current_frames()[threading.main_thread().ident]))
             sys.stderr.write(f"\nthe main thread of rank {self._rank}:\n{stack}")
