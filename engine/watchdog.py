@@ -35,6 +35,7 @@ from engine.liveness import (
     GRACE_SECONDS,
     HERE,
     LEFT,
+    QUIET_SECONDS,
     STOPPED,
     SUSPICIOUS_SECONDS,
     Seen,
@@ -289,7 +290,10 @@ class Watchdog:
         self._state = LEFT
         self._round_trip()
         blamed = {row["rank"] for row in failure["culprits"]} & self._mates.keys()
-        waits_for = self._visible if self._rank == 0 else blamed
+        # Who is to blame and silent, on a host that was cut off, will not hear of it: only the time would be lost.
+        lost = {rank for rank, (_, renewed) in self._heard.items() if self._awake - renewed > QUIET_SECONDS}
+        lost &= {row["rank"] for row in failure["culprits"]}
+        waits_for = [rank for rank in self._visible if rank not in lost] if self._rank == 0 else blamed
         end = time.monotonic() + GRACE_SECONDS
         while self._still_here(waits_for) and time.monotonic() < end:
             self._wake.set()

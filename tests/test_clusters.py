@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -21,7 +22,7 @@ pytestmark = [
     pytest.mark.skipif(hosts.why_not() is not None, reason=hosts.why_not() or "there can be two hosts"),
 ]
 
-SECONDS = 14.0
+SECONDS = 16.0
 """Of the watchdog."""
 DWELL_SECONDS = 5.0
 HEARD_SECONDS = 2.5
@@ -128,7 +129,7 @@ def test_a_host_that_is_cut_off_in_each_phase_ends_both_in_time_and_the_run_goes
             (culprit,), (other,) = told["culprits"], told["others"]
             assert culprit["host"] == f"{name} ({address})" and other["rank"] == told["told_by"]
             assert (culprit["phase"], culprit["iteration"]) == (phase, iteration), told
-        assert "alpha: rank 1 on beta (10.0.0.2) gives no sign of life for 1" in found["text"], found["text"]
+        assert re.search(r"alpha: rank 1 on beta \(10.0.0.2\) gives no sign of life for \d+ s", found["text"])
     run(two, recipe.parent / "last.txt", recipe, "--output", output, "--resume", "auto")
     assert record(output) == record(whole)
 
