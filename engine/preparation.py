@@ -11,6 +11,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from engine import dist, environment_checks
 from engine.checks import check_files
 from engine.config import Recipe
@@ -129,6 +131,25 @@ def writes_for_its_node(folder: Path) -> bool:
     if dist.rank() == 0:
         token.unlink()
     return dist.rank() == 0 or (dist.local_rank() == 0 and not sees_rank_0)
+
+
+def copy_to_own_disks(folder: Path, writes: bool) -> None:
+    """What rank 0 wrote, to the byte, by every rank that writes for a node of its own (a collective).
+
+    Args:
+        writes: what `writes_for_its_node` said of the folder.
+    """
+    if any(dist.all_gather_objects(writes and dist.rank() != 0)):
+        files = [file for file in folder.rglob("*") if file.is_file()] if dist.rank() == 0 else []
+        bytes_of = {
+            file.relative_to(folder).as_posix(): torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8)
+            for file in files
+        }
+        for name, content in dist.broadcast_tensors({"files": bytes_of}, source=0)["files"].items():
+            if writes and dist.rank() != 0:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_bytes(content.numpy().tobytes())
+    dist.barrier()
 
 
 def _is_hub_name(path: str) -> bool:

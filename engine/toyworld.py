@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from engine import dist
-from engine.preparation import writes_for_its_node
+from engine.preparation import copy_to_own_disks, writes_for_its_node
 from engine.role_config import OptimizerSettings
 from engine.section import Section
 from engine.stories import (
@@ -113,7 +113,7 @@ def prepare(folder: str | Path, seed: int = 0, settings: ToyWorldSettings | None
     The folder appears whole or not at all: it is built beside its place and moved there at the end, so a killed build
     leaves nothing that looks finished.
 
-    Nodes with disks of their own write the folder each.
+    Nodes with disks of their own get a copy each.
 
     Layout: `policy/` (model and tokenizer), `reward/` (the same for the reward model), `prompts.jsonl`,
     `heldout.jsonl`, `manifest.json` (what it was built from and what was measured).
@@ -135,10 +135,11 @@ def prepare(folder: str | Path, seed: int = 0, settings: ToyWorldSettings | None
     try:
         building.mkdir(parents=True, exist_ok=True)
         writes = writes_for_its_node(building)
-        measured = dist.broadcast_object(_build(building if writes else None, seed, settings))
-        dist.barrier()
-        if writes:
+        measured = _build(building, seed, settings)
+        if dist.rank() == 0:
             _write_json(building / MANIFEST, {**identity, "measured": measured})
+        copy_to_own_disks(building, writes)
+        if writes:
             _move_into_place(building, folder)
     finally:
         if writes:
@@ -150,8 +151,8 @@ def prepare(folder: str | Path, seed: int = 0, settings: ToyWorldSettings | None
     logger.info("built the toy world: %s", ", ".join(f"{name} {value:.4g}" for name, value in plain.items()))
 
 
-def _build(folder: Path | None, seed: int, settings: ToyWorldSettings) -> dict[str, float]:
-    """Everything but the manifest; returns what was measured. Without a folder this rank helps and writes nothing."""
+def _build(folder: Path, seed: int, settings: ToyWorldSettings) -> dict[str, float]:
+    """Everything but the manifest; returns what was measured."""
     started = time.monotonic()
     transformers.utils.logging.disable_progress_bar()
     tokenizer = build_tokenizer(settings.max_positions)
@@ -165,7 +166,7 @@ def _build(folder: Path | None, seed: int, settings: ToyWorldSettings) -> dict[s
             f"the reward model orders {accuracy:.3f} of the held-out pairs rightly, and {settings.minimum_accuracy} is "
             "the least; train it longer (settings.pairs, settings.reward)"
         )
-    if folder is not None:
+    if dist.rank() == 0:
         _write_prompts(folder / "prompts.jsonl", train)
         _write_prompts(folder / "heldout.jsonl", heldout)
         for name, model in (("policy", policy), ("reward", reward)):

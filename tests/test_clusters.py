@@ -114,7 +114,7 @@ def test_a_host_that_is_cut_off_in_each_phase_ends_both_in_time_and_the_run_goes
     cases = [
         ("generation", 2, "000001"),
         ("inference", 3, "000002.1-generation"),
-        ("training", 4, "000003.2-inference"),
+        ("training", 4, "000002.1-generation"),
     ]
     for count, (phase, iteration, checkpoint) in enumerate(cases, start=1):
         found = cut_in(two, recipe, output, phase)
