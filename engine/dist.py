@@ -6,6 +6,7 @@ Every function works in a plain single process too, where it is the identity.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import logging
 import math
@@ -22,6 +23,7 @@ from engine import progress, traffic
 from engine.errors import RunError
 
 _NO_LIMIT = timedelta(days=7)  # in milliseconds it has to fit 32 bits
+_exchanges = itertools.count()  # those before there is a group; in one order on all ranks
 
 
 def is_distributed() -> bool:
@@ -93,6 +95,71 @@ def rendezvous() -> dist.TCPStore:
     """A connection of its own to the store that the ranks met at: any thread may use it, and it never waits long."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))
+
+
+# Before there is a group: through the store that ranks will meet at.
+
+
+@functools.cache  # kept: with its last user in this process the store would go, and ranks meet there later
+def _meeting_point() -> dist.Store:
+    """Rank 0 keeps it from now on, unless torchrun does."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    keeps = rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        store = dist.TCPStore(
+            address, port, is_master=keeps, timeout=_patience(), wait_for_workers=False, multi_tenant=True
+        )
+    except RuntimeError as error:
+        said = f"rank {rank()} on {os.uname().nodename} can't {'keep' if keeps else 'reach'} the rendezvous store"
+        raise RunError(f"{said} at {address}:{port}: {str(error).splitlines()[0]}") from error
+    return dist.PrefixStore(f"before-start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def _patience() -> timedelta:
+    """How long nodes may take to come: as long as DeepSpeed and torch let them."""
+    return timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", 30)))
+
+
+def _will_be_distributed() -> bool:
+    return not is_distributed() and int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ
+
+
+def on_first_of_each_node(job: Callable[[], None]) -> None:
+    """Do a job on the first rank of each node; the others wait for that of theirs."""
+    done = f"first/{rank() - local_rank()}"  # every launcher numbers the ranks of a node without a gap
+    if local_rank() == 0:
+        job()
+        if _will_be_distributed():
+            _meeting_point().set(done, "")
+    elif _will_be_distributed():
+        _meeting_point().wait([done])
+    barrier()
+
+
+def exchange_with_hosts(value) -> list[tuple[str, object]]:
+    """The host's name and one value that JSON knows of each rank, on every rank, in or before the group.
+
+    Raises:
+        RunError: before the group, some rank did not come in time.
+    """
+    mine = [os.uname().nodename, value]
+    if not _will_be_distributed():
+        return [tuple(one) for one in all_gather_objects(mine)]
+    store, world, number = _meeting_point(), int(os.environ["WORLD_SIZE"]), next(_exchanges)
+    store.set(f"value-{number}/{rank()}", json.dumps(mine))
+    keys = [f"value-{number}/{other}" for other in range(world)]
+    try:
+        store.wait(keys)
+    except RuntimeError as error:
+        late = [other for other, key in enumerate(keys) if not store.check([key])]
+        said = f"{len(late)} of {world} ranks, the first of them {late[0]}, did not come" if late else str(error)
+        raise RunError(f"{said} within {_patience()} (DEEPSPEED_TIMEOUT, in minutes); look at their hosts") from error
+    found = [tuple(json.loads(store.get(key))) for key in keys]
+    # With rank 0 the store goes: it stays until all have read.
+    if store.add(f"read-{number}", 1) == world:
+        store.set(f"all-have-read-{number}", "")
+    store.wait([f"all-have-read-{number}"])
+    return found
 
 
 def wait_without_limit() -> Callable:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from functools import partial
 
 import torch
 
-from engine import dist, environment_checks, self_checks, toyworld, zero
+from engine import dist, environment_checks, preparation, self_checks, toyworld, zero
 from engine.checks import check_files
 from engine.config import Recipe
 from engine.findings import Finding
@@ -22,12 +23,11 @@ def examine(recipe: Recipe) -> list[Finding]:
     Raises:
         RecipeError: the recipe can't be run, or the ranks can't meet.
     """
-    check_files(recipe, built=not recipe.toyworld)
-    looked_at = environment_checks.before_start()
+    looked_at = preparation.before_start(recipe)
     zero.start()
     if recipe.toyworld:
         toyworld.prepare(recipe.toyworld)
-        check_files(recipe)
+        preparation.together(partial(check_files, recipe))
     found = environment_checks.examine(recipe, looked_at)
     if any(one.problem for one in found if one.name.startswith("same ")):
         return found

@@ -157,17 +157,17 @@ def same_everywhere(recipe: Recipe) -> list[Finding]:
         "same tokenizer": identity["tokenizer"],
         "same data": [digest(path) or path for path in recipe.datasets],
     }
-    ranks = dist.all_gather_objects({name: _hash(value) for name, value in mine.items()})
-    each = (time.monotonic() - start) / len(mine)
-    return [Finding(name, *_agree(name, [one[name] for one in ranks]), each) for name in mine]
+    ranks = dist.exchange_with_hosts({name: _hash(value) for name, value in mine.items()})
+    each, hosts = (time.monotonic() - start) / len(mine), [host for host, _ in ranks]
+    return [Finding(name, *_agree(name, [one[name] for _, one in ranks], hosts), each) for name in mine]
 
 
-def _agree(name: str, hashes: list[str]) -> Result:
+def _agree(name: str, hashes: list[str], hosts: list[str]) -> Result:
     first = hashes[0]
     others = [rank for rank, one in enumerate(hashes) if one != first]
     if not others:
         return f"{first[:12]} on {len(hashes)} ranks", None
-    said = ", ".join(f"rank {rank} {hashes[rank][:12]}" for rank in others[:4])
+    said = ", ".join(f"rank {rank} on {hosts[rank]} {hashes[rank][:12]}" for rank in others[:4])
     return f"{len(others)} ranks differ", f"ranks differ: rank 0 has {first[:12]}, {said}; {REMEDIES[name]}"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,6 +16,7 @@ from engine.command_line import recipe_text
 from engine.config import Recipe
 from engine.heldout import Look
 from engine.metrics import append_jsonl, read_jsonl
+from engine.preparation import writes_for_its_node
 from engine.resume import Resumed, rewind
 
 SAMPLES_PER_LOOK = 8
@@ -73,8 +73,7 @@ class RunFolder:
             except OSError as error:
                 problem = f"output: can't write {path} ({error.strerror}); give another folder with --output"
         dist.agree(problem)
-        shared = _shared(path)
-        return cls(path, dist.rank() == 0 or (dist.local_rank() == 0 and not shared), lock)
+        return cls(path, writes_for_its_node(path), lock)
 
     def write_json(self, name: str, value: dict) -> None:
         """Write one indented JSON file."""
@@ -108,16 +107,3 @@ class RunFolder:
                 for row in islice(rows, SAMPLES_PER_LOOK)
             ],
         )
-
-
-def _shared(path: Path) -> bool:
-    """Whether this rank sees what rank 0 writes there (a collective)."""
-    token = path / f".{dist.broadcast_object(uuid.uuid4().hex)}"
-    if dist.rank() == 0:
-        token.touch()
-    dist.barrier()
-    seen = token.exists()
-    dist.barrier()
-    if dist.rank() == 0:
-        token.unlink()
-    return seen

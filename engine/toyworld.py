@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from engine import dist
+from engine.preparation import copy_to_own_disks, writes_for_its_node
 from engine.role_config import OptimizerSettings
 from engine.section import Section
 from engine.stories import (
@@ -112,6 +113,8 @@ def prepare(folder: str | Path, seed: int = 0, settings: ToyWorldSettings | None
     The folder appears whole or not at all: it is built beside its place and moved there at the end, so a killed build
     leaves nothing that looks finished.
 
+    Nodes with disks of their own get a copy each.
+
     Layout: `policy/` (model and tokenizer), `reward/` (the same for the reward model), `prompts.jsonl`,
     `heldout.jsonl`, `manifest.json` (what it was built from and what was measured).
 
@@ -123,23 +126,26 @@ def prepare(folder: str | Path, seed: int = 0, settings: ToyWorldSettings | None
         raise RuntimeError("start the process group before the toy world is prepared: its ranks train together")
     folder, settings = Path(folder), settings or ToyWorldSettings()
     identity = {"version": VERSION, "seed": seed, "settings": settings.model_dump(mode="json")}
-    if dist.broadcast_object(_is_built(folder, identity)):
+    if all(dist.all_gather_objects(_is_built(folder, identity))):  # on every node's disk
         return
     dist.agree(_obstacle(folder))
     building = Path(dist.broadcast_object(f"{folder}.building-{secrets.token_hex(4)}"))
     logger.info("building the toy world in %s", folder)
+    writes = dist.local_rank() == 0
     try:
         building.mkdir(parents=True, exist_ok=True)
+        writes = writes_for_its_node(building)
         measured = _build(building, seed, settings)
-        dist.barrier()
         if dist.rank() == 0:
             _write_json(building / MANIFEST, {**identity, "measured": measured})
+        copy_to_own_disks(building, writes)
+        if writes:
             _move_into_place(building, folder)
     finally:
-        if dist.rank() == 0:
+        if writes:
             shutil.rmtree(building, ignore_errors=True)
     dist.barrier()
-    missing = f"{folder} is not visible to this rank; put the toy world on a file system that all hosts share"
+    missing = f"{folder} on {os.uname().nodename} is not what was just built; start all ranks in one working folder"
     dist.agree(None if _is_built(folder, identity) else missing)
     plain = {name: value for name, value in measured.items() if "/" not in name}
     logger.info("built the toy world: %s", ", ".join(f"{name} {value:.4g}" for name, value in plain.items()))

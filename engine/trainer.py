@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from engine import dist, environment_checks, findings, models, progress, reward_sources, self_checks, toyworld, zero
+from engine import (
+    dist,
+    environment_checks,
+    findings,
+    models,
+    preparation,
+    progress,
+    reward_sources,
+    self_checks,
+    toyworld,
+    zero,
+)
 from engine.advantages import KLController, RunningMoments, ScoreCombiner, make_experience
 from engine.batch import Experience, Prompts, Rollout, map_rows, take_rows
 from engine.checkpoint import Checkpoints, name_of, restore
@@ -64,8 +76,7 @@ def train(recipe: Recipe) -> Path:
         RunError: a reward function, a judge or the run's folder failed.
         FloatingPointError, Diverged: training diverged, and the recipe says to stop then.
     """
-    check_files(recipe, built=not recipe.toyworld)
-    looked_at = environment_checks.before_start() if recipe.self_check else []
+    looked_at = preparation.before_start(recipe, examine=recipe.self_check)
     zero.start(watched=recipe.watchdog_seconds is not None)
     watchdog = Watchdog(recipe.watchdog_seconds)
     interruption = Interruption(seconds_of(recipe.time_limit) if recipe.time_limit else None, watchdog)
@@ -73,7 +84,7 @@ def train(recipe: Recipe) -> Path:
         with watchdog:
             if recipe.toyworld:
                 toyworld.prepare(recipe.toyworld)  # all ranks build it together
-                check_files(recipe)
+                preparation.together(partial(check_files, recipe))
             if recipe.self_check:
                 findings.refuse(environment_checks.examine(recipe, looked_at))
             resumed = find(recipe)

@@ -35,6 +35,7 @@ from engine.liveness import (
     GRACE_SECONDS,
     HERE,
     LEFT,
+    QUIET_SECONDS,
     STOPPED,
     SUSPICIOUS_SECONDS,
     Seen,
@@ -289,7 +290,10 @@ class Watchdog:
         self._state = LEFT
         self._round_trip()
         blamed = {row["rank"] for row in failure["culprits"]} & self._mates.keys()
-        waits_for = self._visible if self._rank == 0 else blamed
+        # Who is to blame and silent, on a host that was cut off, will not hear of it: only the time would be lost.
+        lost = {rank for rank, (_, renewed) in self._heard.items() if self._awake - renewed > QUIET_SECONDS}
+        lost &= {row["rank"] for row in failure["culprits"]}
+        waits_for = [rank for rank in self._visible if rank not in lost] if self._rank == 0 else blamed
         end = time.monotonic() + GRACE_SECONDS
         while self._still_here(waits_for) and time.monotonic() < end:
             self._wake.set()
@@ -312,8 +316,8 @@ class Watchdog:
 
     def _last_deeds(self, failure: dict) -> None:
         if self._rank == failure["told_by"]:
+            self._keep(failure)  # first: the pipe behind stderr may have gone with the connection to another host
             sys.stderr.write(f"\n{report(failure)}\nall ranks end, with status {FAILED_EXIT_STATUS}\n")
-            self._keep(failure)
         if any(row["rank"] == self._rank for row in failure["culprits"]):
             stack = "".join(traceback.format_stack(sys._current_frames()[threading.main_thread().ident]))
             sys.stderr.write(f"\nthe main thread of rank {self._rank}:\n{stack}")

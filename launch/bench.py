@@ -1,6 +1,7 @@
 """Measure the engine: `deepspeed --num_accelerators 2 launch/bench.py WORKLOAD [--json FILE] [--section.key value]`."""
 
 import json
+import os
 import shlex
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
@@ -11,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import yaml
 
+from engine import launchers
 from engine.command_line import parse, readable_errors
 from engine.config import Recipe
 from engine.errors import RecipeError
@@ -18,6 +20,7 @@ from engine.errors import RecipeError
 
 def main() -> None:
     with readable_errors():
+        launchers.adopt(os.environ)
         from engine.console import quiet_imports, set_up_logging
 
         set_up_logging()

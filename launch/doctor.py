@@ -1,15 +1,18 @@
 """Prove machine and recipe: `deepspeed --num_accelerators 2 launch/doctor.py [RECIPE.yaml] [--section.key ...]`."""
 
+import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from engine import launchers
 from engine.command_line import parse, readable_errors
 
 
 def main() -> None:
     with readable_errors():
+        launchers.adopt(os.environ)
         recipe = parse(sys.argv[1:])
         from engine.console import quiet_imports, set_up_logging
 

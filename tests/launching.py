@@ -21,10 +21,7 @@ def launch(
     **environment,
 ) -> subprocess.CompletedProcess:
     """`deepspeed --num_accelerators RANKS SCRIPT ARGUMENTS` from the repository's root or `cwd`."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [DEEPSPEED, "--num_accelerators", str(ranks), "--master_port", str(port), ROOT / script]
+    command = [DEEPSPEED, "--num_accelerators", ranks, "--master_port", free_port(), ROOT / script]
     return _run([*command, *arguments], cwd, timeout, environment)
 
 
@@ -33,6 +30,18 @@ def launch_plain(
 ) -> subprocess.CompletedProcess:
     """`python SCRIPT ARGUMENTS`: one process."""
     return _run([sys.executable, script, *arguments], ROOT, timeout, environment)
+
+
+def run(command: list, timeout: float = 600, **environment) -> subprocess.CompletedProcess:
+    """Any other command, from the repository's root."""
+    return _run(command, ROOT, timeout, environment)
+
+
+def free_port() -> int:
+    """One that nobody uses."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def _run(command: list, cwd: Path, timeout: float, environment: dict) -> subprocess.CompletedProcess:

@@ -2316,4 +2316,28 @@ MUTANTS += [
         "a stranger's folder decides that code of its own runs",
         (f"{EXPORTING}::test_a_run_answers",),
     ),
+    Mutant(
+        "trouble-without-a-host",
+        "engine/preparation.py",
+        "problem if len(ranks) == len(everywhere) else where + problem",
+        "problem",
+        "a file that one host lacks is named without the host",
+        ("tests/test_preparation.py::test_what_all_found_is_said_once_and_the_rest_with_its_host",),
+    ),
+    Mutant(
+        "every-rank-fetches",
+        "engine/dist.py",
+        "    if local_rank() == 0:\n        job()",
+        "    job()\n    if local_rank() == 0:",
+        "all ranks of a node fetch from the hub at once",
+        ("tests/test_preparation.py::test_one_rank_of_a_node_fetches_and_all_end_with_the_error_of_one",),
+    ),
+    Mutant(
+        "mpirun-starts-single-runs",
+        "engine/launchers.py",
+        "environment.update({name: environment[theirs] for name, theirs in OPEN_MPI.items()})",
+        "pass",
+        "each process of mpirun is a run of its own",
+        ("tests/test_launchers.py::test_what_open_mpi_says_is_understood",),
+    ),
 ]

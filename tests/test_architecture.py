@@ -12,7 +12,7 @@ from engine.config import REPOSITORY
 LAYERS = [
     {"errors", "combinations", "device_memory", "section", "progress", "fetching", "onednn", "pointwise", "attention"}
     | {"checkpoint_store", "liveness", "verify_export", "ds_checks"},
-    {"checkpoint_config", "role_config", "failure_config", "traffic", "swap_folder"},
+    {"checkpoint_config", "role_config", "failure_config", "traffic", "swap_folder", "launchers"},
     {"ppo", "batch", "causal", "config", "dist", "randomness", "stories", "reward_text", "stopping", "workloads"},
     {"role_steps", "optimizer_state", "ds_config", "sharded_loading", "identity", "run_state", "findings"},
     {"zero", "plugins", "command_line", "console", "minibatches", "models", "prompts", "metrics"}
@@ -24,7 +24,7 @@ LAYERS = [
     {"weight_groups", "activations"},
     {"replica", "model_checks", "planner"},
     {"hybrid_engine", "checks", "logprob_memory", "plan_report"},
-    {"checkpoint", "export", "reward_sources", "watchdog", "fitting"},
+    {"checkpoint", "export", "reward_sources", "watchdog", "fitting", "preparation"},
     {"rollout", "evaluation", "advantages", "update", "supervised", "resume", "interruption"} | {"export_source"},
     {"heldout", "toyworld", "export_check", "probes"},
     {"report", "benchmark_report", "run_folder", "self_checks"},
@@ -35,7 +35,7 @@ LAYERS = [
 """DESIGN.md section 4 from the bottom up: a module imports from layers strictly below its own."""
 
 LIGHT = ["combinations", "config", "command_line", "ds_config", "plugins", "checks", "model_checks", "reward_text"]
-LIGHT += ["ds_checks", "adapter_checks", "section", "checkpoint_config", "role_config", "failure_config"]
+LIGHT += ["ds_checks", "adapter_checks", "section", "checkpoint_config", "role_config", "failure_config", "launchers"]
 PHASES = {"rollout", "evaluation", "advantages", "update", "supervised"}
 LAYER_OF = {name: index for index, layer in enumerate(LAYERS) for name in layer}
 MODULES = {path.stem: path for path in sorted((REPOSITORY / "engine").glob("*.py")) if path.stem != "__init__"}

@@ -1,14 +1,17 @@
 """The toy world: what is written is read back, what is broken is rejected; a build is cached, whole and seeded."""
 
 import json
+import os
+import shutil
 from math import log
+from pathlib import Path
 from random import Random
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
-from engine import stories, toyworld
+from engine import dist, stories, toyworld
 from engine.role_config import OptimizerSettings
 from engine.scoring import last_token_scores
 from engine.stories import Opening, Plot, characters, draw_opening, draw_plot, judge, normalize, parse, vocabulary
@@ -312,8 +315,6 @@ def test_a_reward_model_that_learned_nothing_is_refused(tmp_path):
 
 
 def prepared_by_rank(folder: str) -> float:
-    from pathlib import Path
-
     prepare(folder, settings=TINY)
     assert (Path(folder) / "manifest.json").is_file()
     return json.loads((Path(folder) / "manifest.json").read_text())["measured"]["policy_heldout_loss"]
@@ -327,6 +328,33 @@ def test_two_ranks_build_one_world(pool, tmp_path, world):
     built, expected = contents(tmp_path / "toyworld"), contents(world)
     assert built.keys() == expected.keys() and built["prompts.jsonl"] == expected["prompts.jsonl"]
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def prepared_on_own_disks(folders: str) -> str:
+    """As on two nodes: each rank in a working folder of its own, the first of its node."""
+    before, local = Path.cwd(), os.environ["LOCAL_RANK"]
+    os.chdir(Path(folders) / str(dist.rank()))
+    os.environ["LOCAL_RANK"] = "0"
+    try:
+        prepare("toyworld", settings=TINY)
+        return Path("toyworld/manifest.json").read_text()
+    finally:
+        os.chdir(before)
+        os.environ["LOCAL_RANK"] = local
+
+
+@pytest.mark.dist
+def test_nodes_with_own_disks_get_one_each(pool, tmp_path, world):
+    for rank in ("0", "1"):
+        (tmp_path / rank).mkdir()
+    first, second = pool.run(prepared_on_own_disks, str(tmp_path))
+    assert first == second
+    ones, others = (contents(tmp_path / rank / "toyworld") for rank in ("0", "1"))
+    assert ones == others and ones.keys() == contents(world).keys()
+    shutil.rmtree(tmp_path / "1" / "toyworld")  # a node was replaced by a new one
+    pool.run(prepared_on_own_disks, str(tmp_path))
+    assert contents(tmp_path / "0" / "toyworld") == contents(tmp_path / "1" / "toyworld")
+    assert [path.name for rank in ("0", "1") for path in (tmp_path / rank).iterdir()] == ["toyworld"] * 2
 
 
 # -- quality of the real thing -----------------------------------------------------------------------------------------
