@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from engine import causal, zero
+from engine import causal
 from engine.errors import RecipeError
 from engine.role_config import LoraSettings
 
@@ -192,6 +192,8 @@ def _is_base(policy: PeftModel, key: str, weight: Tensor, source: SavedAdapter) 
         mine = policy.get_parameter(key)
     except AttributeError:
         return False  # refused as unknown
+    from engine import zero  # here: DeepSpeed takes a while to import, and a plan has no use for it
+
     with zero.gathered([mine]):
         same = mine.is_meta or (mine.shape == weight.shape and torch.equal(mine.data, weight.to(mine)))
     if not same:

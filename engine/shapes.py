@@ -15,6 +15,7 @@ import torch
 from peft import PeftConfig
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from engine import causal, models
@@ -99,7 +100,7 @@ def skeleton(path: str, trust_remote_code: bool = False, scores: bool = False) -
     factory = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **changes)
-        with torch.device("meta"):
+        with torch.device("meta"), no_init_weights():
             return factory.from_config(config, trust_remote_code=trust_remote_code)
     except models.UNLOADABLE as error:
         raise RecipeError(
