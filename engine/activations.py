@@ -5,7 +5,7 @@ So every family has its own count, and every optimisation of the engine is in it
 
 from __future__ import annotations
 
-import math
+import inspect
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,8 +24,13 @@ from transformers import PreTrainedModel
 from engine import adapters, causal, fused_lora, models, pointwise, shapes
 from engine.adapter_checks import on_meta
 from engine.config import Recipe
+from engine.errors import RecipeError
 from engine.fetching import decoder_layers
 from engine.roles import ACTOR, CRITIC, RolesModel, ValueModel
+
+
+class Uncounted(Exception):
+    """A forward on the meta device failed."""
 
 
 @dataclass
@@ -61,7 +66,9 @@ class Shape:
 
     def response_tokens(self, recipe: Recipe) -> int:
         """How many of its tokens can be of responses."""
-        return math.ceil(self.rows * self.columns * recipe.generation.max_new_tokens / longest(recipe))
+        if recipe.ppo.tokens_per_micro_batch is None:
+            return self.rows * recipe.generation.max_new_tokens
+        return self.rows * self.columns - self.rows  # short prompts may have long responses
 
 
 def longest(recipe: Recipe) -> int:
@@ -77,8 +84,14 @@ def of_training(recipe: Recipe, on_cuda: bool) -> dict[str, int]:
 
     Raises:
         RecipeError: a config can't be read, or an adapter doesn't fit.
+        Uncounted: the family's layers need numbers, which the meta device has none of.
     """
-    return dict(_of_training(recipe.model_dump_json(), on_cuda))
+    try:
+        return dict(_of_training(recipe.model_dump_json(), on_cuda))
+    except RecipeError:
+        raise
+    except Exception as error:  # whatever a family's own code raises without numbers
+        raise Uncounted(f"{type(error).__name__}: {error}") from error
 
 
 @lru_cache  # whoever looks for a plan that fits asks for the same again, on other numbers of ranks
@@ -126,19 +139,27 @@ def _few_layers(recipe: Recipe, path: str, scores: bool = False) -> tuple[PreTra
 
     The first layer is a kind of its own: behind a frozen embedding there is less to save.
     """
-    model = shapes.skeleton(path, recipe.model.trust_remote_code, scores)
+    model = shapes.skeleton(path, recipe.model.trust_remote_code, scores, recipe.model.attn_implementation)
     kinds, repeats = [], []
     layers = decoder_layers(model)
-    stacks = [part for part in model.modules() if isinstance(part, nn.ModuleList) and layers[0] in list(part)]
+    stacks = [part for part in model.modules() if isinstance(part, nn.ModuleList) and set(layers) <= set(part)]
     for layer in layers:
         kind = [(name, p.shape) for name, p in layer.named_parameters()]
-        if len(stacks) != 1 or len(repeats) == 0 or kind not in kinds[1:]:
+        if len(stacks) != 1 or len(repeats) == 0 or kind not in kinds[1:] or _names_layers(recipe):
             kinds.append(kind)
             repeats.append(1)
         else:
             repeats[kinds.index(kind, 1)] += 1
             del stacks[0][list(stacks[0]).index(layer)]
     return model.to(models.DTYPES[recipe.model.dtype]).requires_grad_(False).train(), repeats
+
+
+def _names_layers(recipe: Recipe) -> bool:
+    """Whether adapters may go into some layers and not into others."""
+    targets = recipe.actor.lora.targets, recipe.critic.lora.targets
+    return recipe.actor.init_adapter is not None or any(
+        of != "all-linear" and (isinstance(of, str) or any("." in name for name in of)) for of in targets
+    )
 
 
 def _trained_adapters(recipe: Recipe) -> dict[str, LoraConfig]:
@@ -168,8 +189,11 @@ def of_forward(model: nn.Module, shape: Shape, on_cuda: bool) -> Saved:
     ids = torch.zeros(shape.rows, shape.columns, dtype=torch.int64, device="meta")
     # Of four dimensions, as transformers makes it for rows of different lengths: such a one it leaves as it is.
     mask = torch.ones(shape.rows, 1, shape.columns, shape.columns, dtype=torch.bool, device="meta")
+    places = {}
+    if "position_ids" in inspect.signature(type(inner).forward).parameters:
+        places["position_ids"] = torch.zeros(shape.rows, shape.columns, dtype=torch.int64, device="meta")
     with _counted(model, layers, found), _FlashAttention(on_cuda, masked=not shape.packed):
-        inner(input_ids=ids, attention_mask=mask, use_cache=False)
+        inner(input_ids=ids, attention_mask=mask, use_cache=False, **places)
     return found
 
 
@@ -227,9 +251,12 @@ class _FlashAttention(TorchFunctionMode):
         if not self.masked:  # each sequence for itself
             attn_mask, settings["is_causal"] = None, True
         dtype = query.dtype if self.on_cuda else torch.float32  # engine/attention.py computes in it on a CPU
+        width = value.shape[-1]
+        if width < query.shape[-1]:  # the meta device takes heads of one width alone
+            value = nn.functional.pad(value, (0, query.shape[-1] - width))
         tensors = [x.to(dtype) for x in (query, key, value)]
         mask = None if attn_mask is None else attn_mask.to(dtype)  # what torch makes of a boolean one, in each layer
         output, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *tensors, 0.0, settings.get("is_causal", False), attn_mask=mask, scale=settings.get("scale")
         )
-        return output.to(query.dtype)
+        return output[..., :width].to(query.dtype)

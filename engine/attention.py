@@ -1,4 +1,4 @@
-"""Attention on a CPU: in 16 bit computed in float32, and of a single token as two plain products.
+"""Attention on a CPU: in 16 bit computed in float32, and of a single token as two plain products; packed on any device.
 
 torch's own kernel for bfloat16 takes 1.7 times as long as casting, computing and casting back: on the machine of
 docs/performance.md 31 against 18 ms, forward and backward, for 8 sequences of 127 tokens and 8 heads of 64. A decoding
@@ -27,14 +27,16 @@ def _sdpa(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings
 ) -> tuple[Tensor, None]:
     """What transformers calls for `sdpa`: `[B, heads, L, width]` -> `[B, L, heads, width]`."""
+    ends = settings.get("cu_seq_lens_q")
     if query.device.type != "cpu" or torch.compiler.is_compiling():
+        if ends is not None:
+            return _one_by_one(module, query, key, value, attention_mask, ends.diff().tolist(), settings), None
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
     tensors = [_wide(x) for x in (query, key, value, attention_mask)]
     settings = {name: _wide(x) for name, x in settings.items()}
     plain = not settings.get("dropout") and all(settings.get(name) is None for name in SPECIAL)
     if query.shape[2] == 1 and plain:
         return _of_one_token(*tensors, settings.get("scaling")).to(query.dtype), None
-    ends = settings.get("cu_seq_lens_q")
     if ends is not None:
         return _one_by_one(module, *tensors, ends.diff().tolist(), settings).to(query.dtype), None
     output, weights = sdpa_attention_forward(module, *tensors, **settings)

@@ -35,17 +35,15 @@ _REFUSED = dict.fromkeys(_ENCODERS, "it is an encoder, whose tokens see what com
     "recurrent_gemma": "its recurrent layers read the padding on the left",
     "zamba2": "its cached logits are off by 1e-3 from those of the whole sequence",
 }
-UNPACKABLE = {
-    "bloom": "its attention takes all that lies in a row for one sequence",
-    "falcon": "its attention takes all that lies in a row for one sequence",
-    "falcon_h1": "its Mamba layers run on from one sequence into the next",
-    "gpt_oss": "its attention takes all that lies in a row for one sequence",
-    "jamba": "its Mamba layers run on from one sequence into the next",
-    "lfm2": "its convolutions run on from one sequence into the next",
-    "mpt": "its attention takes all that lies in a row for one sequence",
-    "qwen3_next": "its linear attention runs on from one sequence into the next",
+# fmt: off
+PACKABLE = {
+    "cohere", "cohere2", "dbrx", "deepseek_v3", "gemma", "gemma2", "gemma3_text", "glm4", "gpt2", "gpt_bigcode",
+    "gpt_neox", "granite", "llama", "llama4_text", "mistral", "mixtral", "olmo2", "phi", "phi3", "qwen2", "qwen3",
+    "qwen3_moe", "smollm3", "stablelm", "starcoder2",
 }
-"""Families whose sequences can't lie end to end in one row, measured: tests/families.py."""
+# fmt: on
+"""Families whose sequences can lie end to end in one row, measured (tests/families.py). Layers that look back by other
+means than attention run on from one sequence into the next, and some attention takes a row for one sequence."""
 # What peft calls the projections of experts and their router, from the time when each expert was a module: in a
 # mixture of experts it takes these names for the fused weights of all experts, shared and dense layers' names too.
 _EXPERT_WORDS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}

@@ -171,9 +171,10 @@ def _resolve_zero(
     zero = config["zero_optimization"]
     stage = zero.setdefault("stage", 0)
     bucket = max(1, min(trainable_parameters, LARGEST_AUTO_BUCKET["cuda" if on_cuda else "cpu"]))
-    for key in ("reduce_bucket_size", "allgather_bucket_size"):
+    # DeepSpeed insists that the second is even.
+    for key, size in (("reduce_bucket_size", bucket), ("allgather_bucket_size", bucket + bucket % 2)):
         if zero.get(key, "auto") == "auto":
-            zero[key] = bucket
+            zero[key] = size
     # These walk over frozen weights too, and are limits, not allocations.
     # An adapter that is whole on every rank isn't gathered in each forward, and its layer can be fused (fused_lora).
     whole = max(SMALL_PARAMETER, largest_adapter)

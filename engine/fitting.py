@@ -8,7 +8,7 @@ from itertools import accumulate, chain, takewhile
 
 from pydantic import ValidationError
 
-from engine import planner
+from engine import combinations, planner
 from engine.activations import longest
 from engine.config import Recipe
 from engine.ds_config import read_ds_config
@@ -36,6 +36,8 @@ class Job:
             raw = read_ds_config(self.recipe.zero.ds_config)
             phases = planner.phases(self.recipe, raw, self.ranks, self.on_cuda, self.device_memory)
         except RecipeError:  # the change contradicts something else in the recipe
+            return False
+        if combinations.problems_at_stage(self.recipe, raw.get("zero_optimization", {}).get("stage", 0)):
             return False
         return max(map(device_total, phases.values())) <= self.device_memory
 

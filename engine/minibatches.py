@@ -5,9 +5,6 @@ The result of an update depends on the first alone. Lengths are `[B]` tokens of 
 
 from __future__ import annotations
 
-import itertools
-import math
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -112,11 +109,24 @@ def _cheapest_cuts(lengths: np.ndarray, budget: int) -> list[int]:
 
 
 def _fewest_packs(rows: Tensor, lengths: Tensor, budget: int) -> list[Tensor]:
-    """Rows in as few forwards of equal work as hold at most `budget` tokens each; a longer row stands alone."""
-    for count in itertools.count(max(1, min(len(rows), math.ceil(int(lengths.sum()) / budget)))):
-        parts = balanced_shares(torch.arange(len(rows)), lengths, count)
-        if all(len(part) <= 1 or int(lengths[part].sum()) <= budget for part in parts):
-            return [rows[part] for part in parts]
+    """Rows in few forwards of at most `budget` tokens each, of equal work where that fits; a longer row stands alone.
+
+    As few as first-fit decreasing needs (Johnson 1973: at most 11/9 of the fewest, and one).
+    """
+    packs: list[list[int]] = []
+    room: list[int] = []
+    for index in lengths.argsort(descending=True, stable=True).tolist():
+        length = int(lengths[index])
+        at = next((pack for pack, left in enumerate(room) if length <= left), len(packs))
+        if at == len(packs):
+            packs.append([])
+            room.append(budget)
+        packs[at].append(index)
+        room[at] -= length
+    balanced = balanced_shares(torch.arange(len(rows)), lengths, max(1, len(packs)))
+    if all(len(part) <= 1 or int(lengths[part].sum()) <= budget for part in balanced):
+        return [rows[part] for part in balanced]
+    return [rows[torch.tensor(pack, dtype=torch.int64)] for pack in packs]
 
 
 def _into(count: int, parts: list[Tensor], lengths: Tensor, settings: PPOConfig) -> list[Tensor]:

@@ -345,14 +345,14 @@ def _check_positions(recipe: Recipe, setting: str, path: str, config: dict) -> l
 
 
 def _check_packing(recipe: Recipe, setting: str, path: str, config: dict) -> list[str]:
-    from engine.causal import UNPACKABLE  # here: it imports torch
+    from engine.causal import PACKABLE  # here: it imports torch
 
     kind = config.get("model_type")
-    if not recipe.ppo.packing or kind not in UNPACKABLE:
+    if not recipe.ppo.packing or kind in PACKABLE:
         return []
     return [
-        f"{setting}: sequences of a model of type {kind} can't lie end to end ({UNPACKABLE[kind]}), got {path} with "
-        "ppo.packing true; set that to false"
+        f"{setting}: that sequences of a model of type {kind} can lie end to end was not measured, or it was wrong "
+        f"(docs/models.md), got {path} with ppo.packing true; set that to false"
     ]
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 from pydantic import ByteSize
 from rich.console import Console
 from rich.table import Table
 
-from engine.planner import Bytes
+from engine.planner import ACTIVATIONS, Bytes
+from engine.volume import Moved
 
 
 def page(phases: dict[str, dict[str, Bytes]], device_memory: int | None) -> str:
@@ -40,7 +42,11 @@ def page(phases: dict[str, dict[str, Bytes]], device_memory: int | None) -> str:
         if held := sum(counters, Counter()):
             parts = ", ".join(f"{part} {_readable(size)}" for part, size in held.items())
             console.print(f"{place}, for each rank: {_readable(sum(held.values()))} ({parts})")
-    console.print("Not counted: what a layer needs while it computes, and what the allocator can't use.")
+    counted = any(
+        part == ACTIVATIONS for homes in phases.values() for of in homes.values() for part in of.device + of.host
+    )
+    left_out = "" if counted else "activations, "
+    console.print(f"Not counted: {left_out}what a layer needs while it computes, and what the allocator can't use.")
     return text.getvalue()
 
 
@@ -74,12 +80,35 @@ def device_total(homes: dict[str, Bytes]) -> int:
     return sum(sum(of.device.values()) for of in homes.values())
 
 
-def as_json(phases: dict[str, dict[str, Bytes]]) -> dict:
-    """The same for machines: phase -> home -> {"device": {part: bytes}, "host": ..., "disk": ...}."""
-    return {
-        phase: {name: {place: dict(held) for place, held in vars(of).items()} for name, of in homes.items()}
+def traffic_page(moved: dict[str, Moved], times: dict[str, tuple[float, float]] | None) -> str:
+    """What ranks receive in an iteration, and how long it takes where somebody gave rates."""
+    table = Table("", *moved, title="in an iteration, each rank", title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    table.add_row("receives weights", *(_readable(round(of.gathered)) for of in moved.values()))
+    table.add_row("receives gradients", *(_readable(round(of.reduced)) for of in moved.values()))
+    if times is not None:
+        table.add_row("computes, seconds", *(f"{times[phase][0]:.1f}" for phase in moved))
+        table.add_row("network, seconds", *(f"{times[phase][1]:.1f}" for phase in moved))
+    text = io.StringIO()
+    Console(file=text, width=140).print(table)
+    return text.getvalue()
+
+
+def as_json(
+    phases: dict[str, dict[str, Bytes]], moved: dict[str, Moved], times: dict[str, tuple[float, float]] | None
+) -> dict:
+    """The same for machines.
+
+    `held`: phase -> home -> {"device": {part: bytes}, "host": ..., "disk": ...}; `received`: phase -> kind -> bytes;
+    `seconds`: phase -> {"computing", "network"}, or null.
+    """
+    held = {
+        phase: {name: {place: dict(parts) for place, parts in vars(of).items()} for name, of in homes.items()}
         for phase, homes in phases.items()
     }
+    seconds = times and {phase: dict(zip(("computing", "network"), of, strict=True)) for phase, of in times.items()}
+    return {"held": held, "received": {phase: asdict(of) for phase, of in moved.items()}, "seconds": seconds}
 
 
 def _readable(size: int) -> str:

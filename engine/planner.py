@@ -13,14 +13,16 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from engine import activations, models, shapes
+from engine import activations, dist, models, shapes
 from engine.config import Recipe
 from engine.device_memory import kv_cache_bytes
 from engine.ds_checks import device_of, offloads, to_nvme
-from engine.ds_config import frozen_ds_config, resolve_ds_config
+from engine.ds_config import frozen_ds_config, read_ds_config, resolve_ds_config
 from engine.kv_cache import BLOCK
 from engine.shapes import Home, Weight
 from engine.vocabulary_head import LOGITS_BYTES
+
+logger = dist.get_logger(__name__)
 
 WEIGHTS, MASTERS, MOMENTS, GRADIENTS, BUCKETS = "weights", "masters", "moments", "gradients", "buckets"
 COPY, CACHE, LOGITS = "sampler's copy", "KV cache", "log-probs"
@@ -65,16 +67,15 @@ def phases(
     homes = shapes.homes(recipe)
     training = {home.name: state(home, recipe, raw, ranks, on_cuda) for home in homes}
     resting = {home.name: _resting(training[home.name], home, raw) for home in homes}
-    shared, room = homes[0], None
-    if device_memory is not None:
-        room = device_memory - sum(sum(of.device.values()) for of in resting.values())
+    shared, room = homes[0], room_beside(resting, device_memory)
     decoding = _generation(shared, recipe, resolve(shared, recipe, raw, ranks, on_cuda), ranks, room)
     inference = dict(resting)
     for home in homes:
-        inference[home.name] += Bytes(Counter({GATHERED: gathered_bytes(home, recipe, raw, room, backward=False)}))
+        known = (home, recipe, raw, ranks, on_cuda, room)
+        inference[home.name] += Bytes(Counter({GATHERED: gathered_bytes(*known, backward=False)}))
         if not home.frozen_engine:
-            training[home.name] += Bytes(Counter({GATHERED: gathered_bytes(home, recipe, raw, room, backward=True)}))
-    for name, size in activations.of_training(recipe, on_cuda).items():
+            training[home.name] += Bytes(Counter({GATHERED: gathered_bytes(*known, backward=True)}))
+    for name, size in _activations(recipe, on_cuda).items():
         kept = Counter({ACTIVATIONS: size})
         training[name] += Bytes(host=kept) if recipe.zero.offload_activations else Bytes(kept)
     logits = Bytes(Counter({LOGITS: 3 * LOGITS_BYTES}))
@@ -83,6 +84,25 @@ def phases(
         "inference": inference | {shared.name: inference[shared.name] + logits},
         "training": training | {shared.name: training[shared.name] + logits},
     }
+
+
+def _activations(recipe: Recipe, on_cuda: bool) -> dict[str, int]:
+    """By home; nothing, with a warning, for a family of which they can't be counted."""
+    try:
+        return activations.of_training(recipe, on_cuda)
+    except activations.Uncounted as error:
+        logger.warning("activations are not counted: this model's layers don't run without numbers (%s)", error)
+        return {}
+
+
+def room_beside(resting: dict[str, Bytes], device_memory: int | None) -> int | None:
+    """Bytes of a device that are free between phases; None: unlimited."""
+    return None if device_memory is None else device_memory - sum(sum(of.device.values()) for of in resting.values())
+
+
+def resting(homes: list[Home], recipe: Recipe, raw: dict, ranks: int, on_cuda: bool) -> dict[str, Bytes]:
+    """What each home holds between phases; arguments as for `phases`."""
+    return {home.name: _resting(state(home, recipe, raw, ranks, on_cuda), home, raw) for home in homes}
 
 
 def _resting(training: Bytes, home: Home, raw: dict) -> Bytes:
@@ -106,14 +126,26 @@ def _generation(home: Home, recipe: Recipe, config: dict, ranks: int, room: int 
     spare = BLOCK if rows < sequences else 0
     found = Bytes(Counter({CACHE: kv_cache_bytes(home.model.config, rows, columns + spare, dtype)}))
     copy, largest = copy_bytes(home, recipe, config)
+    resident = resident_bytes(home, recipe, config, room)
+    found.device[COPY] = copy if resident == copy else min(copy, resident + 2 * largest)
+    return found
+
+
+def resident_bytes(home: Home, recipe: Recipe, config: dict, room: int | None) -> int:
+    """How much of the sampler's copy stays while decoding; the rest is fetched in every step.
+
+    Args:
+        config, room: as for `copy_bytes` and `gathered_bytes`.
+    """
+    settings, (copy, largest) = recipe.generation, copy_bytes(home, recipe, config)
     budget = settings.gather_budget_bytes
     if budget == "auto" and room is not None:  # as HybridEngine decides it
+        columns, dtype = recipe.data.max_prompt_tokens + settings.max_new_tokens, models.DTYPES[recipe.model.dtype]
         cache = kv_cache_bytes(home.model.config, settings.max_concurrent_sequences, columns, dtype)
         budget = max(0, room * 9 // 10 - cache - 2 * largest)
-    if config["zero_optimization"]["stage"] == 3 and budget != "auto" and budget < copy:
-        copy = min(copy, budget + 2 * largest)
-    found.device[COPY] = copy
-    return found
+    if config["zero_optimization"]["stage"] != 3 or budget == "auto":
+        return copy
+    return min(copy, budget)
 
 
 def copy_bytes(home: Home, recipe: Recipe, config: dict) -> tuple[int, int]:
@@ -135,10 +167,12 @@ def copy_bytes(home: Home, recipe: Recipe, config: dict) -> tuple[int, int]:
     groups = Counter()
     for weight in apart:
         groups[weight.name if weight.layer is None else weight.layer] += weight.nbytes
-    return _whole(apart), max(groups.values(), default=0)
+    return whole_bytes(apart), max(groups.values(), default=0)
 
 
-def gathered_bytes(home: Home, recipe: Recipe, raw: dict, room: int | None, backward: bool) -> int:
+def gathered_bytes(
+    home: Home, recipe: Recipe, raw: dict, ranks: int, on_cuda: bool, room: int | None, backward: bool
+) -> int:
     """The most of a home's weights that are whole at a time, beside those that always are.
 
     Args:
@@ -147,29 +181,43 @@ def gathered_bytes(home: Home, recipe: Recipe, raw: dict, room: int | None, back
         backward: forwards have one, in which the same weights come again.
     """
     zero = raw.get("zero_optimization", {})
-    if not home.frozen_engine and zero.get("stage", 0) != 3:
-        return 0
-    whole = 0 if home.frozen_engine else _persistent(resolve(home, recipe, raw, 1, True)["zero_optimization"])
-    cut = [w for w in home.weights if w.elements > whole]
-    keep = recipe.zero.keep_gathered_bytes
-    if keep == "auto":
-        offloaded = home.offloaded or offloads(zero, "offload_param")
-        keep = 0 if offloaded else math.inf if room is None else room // 10
-    kept = 0
-    for trains in (False, True):  # as fetching.PhaseWeights chooses
-        group = [w for w in cut if w.trains == trains]
-        if kept + _whole(group) > keep:
-            break
-        kept += _whole(group)
-        cut = [w for w in cut if w.trains != trains]
+    if home.frozen_engine:
+        zero = read_ds_config(recipe.zero.frozen_ds_config, frozen=True).get("zero_optimization", {})
+    kept, rest = kept_and_rest(home, recipe, raw, ranks, on_cuda, room)
     groups = Counter()
-    for weight in cut:
+    for weight in rest:
         groups[weight.name if weight.layer is None else weight.layer] += weight.nbytes
-    itemsize = max((w.itemsize for w in cut), default=1)
+    itemsize = max((w.itemsize for w in rest), default=1)
     limits = ["max_live_parameters", *(["max_reuse_distance"] if backward else [])]  # fetched ahead; coming again soon
-    in_use = sum(int(_stage_3_value(zero, key, DEFAULT_LIMIT)) * itemsize for key in limits)
+    in_use = sum(int(stage_3_value(zero, key, DEFAULT_LIMIT)) * itemsize for key in limits)
     in_use += max(groups.values(), default=0)
-    return kept + min(_whole(cut), in_use)
+    return whole_bytes(kept) + min(whole_bytes(rest), in_use)
+
+
+def kept_and_rest(
+    home: Home, recipe: Recipe, raw: dict, ranks: int, on_cuda: bool, room: int | None
+) -> tuple[list[Weight], list[Weight]]:
+    """The weights that ZeRO-3 cuts: those that stay gathered for a phase once they are, and the others.
+
+    Args:
+        raw, ranks, on_cuda, room: as for `gathered_bytes`.
+    """
+    zero = raw.get("zero_optimization", {})
+    if not home.frozen_engine and zero.get("stage", 0) != 3:
+        return [], []
+    small = 0 if home.frozen_engine else _persistent(resolve(home, recipe, raw, ranks, on_cuda)["zero_optimization"])
+    rest, keep = [w for w in home.weights if w.elements > small], recipe.zero.keep_gathered_bytes
+    if keep == "auto":
+        offloaded = home.offloaded if home.frozen_engine else offloads(zero, "offload_param")
+        keep = 0 if offloaded else math.inf if room is None else room // 10
+    kept: list[Weight] = []
+    for trains in (False, True):  # as fetching.PhaseWeights chooses
+        group = [w for w in rest if w.trains == trains]
+        if whole_bytes([*kept, *group]) > keep:
+            break
+        kept += group
+        rest = [w for w in rest if w.trains != trains]
+    return kept, rest
 
 
 def state(home: Home, recipe: Recipe, raw: dict, ranks: int, on_cuda: bool) -> Bytes:
@@ -213,15 +261,15 @@ def _shard(weight: Weight, ranks: int) -> int:
     return math.ceil(weight.elements / ranks)
 
 
-def _whole(weights: Iterable[Weight]) -> int:
+def whole_bytes(weights: Iterable[Weight]) -> int:
     return sum(w.nbytes for w in weights)
 
 
 def _stage_0(home: Home, groups: dict[str, list[Weight]]) -> Bytes:
     found, trained = Bytes(), [w for group in groups.values() for w in group]
     elements = sum(w.elements for w in trained)
-    found.device[WEIGHTS] = _whole(home.weights)
-    found.device[GRADIENTS] = _whole(trained)
+    found.device[WEIGHTS] = whole_bytes(home.weights)
+    found.device[GRADIENTS] = whole_bytes(trained)
     found.device[MOMENTS] = 8 * elements + SCALAR * len(trained)
     if any(w.itemsize < 4 for w in trained):
         found.device[MASTERS] = 4 * elements
@@ -231,7 +279,7 @@ def _stage_0(home: Home, groups: dict[str, list[Weight]]) -> Bytes:
 def _stage_1_2(home: Home, groups: dict[str, list[Weight]], config: dict, ranks: int) -> Bytes:
     """Each group's weights are one flat tensor, of which each rank steps a part."""
     zero, found = config["zero_optimization"], Bytes()
-    found.device[WEIGHTS] = _whole(w for w in home.weights if not w.trains)
+    found.device[WEIGHTS] = whole_bytes(w for w in home.weights if not w.trains)
     state = found.host if offloads(zero, "offload_optimizer") else found.device
     for group in groups.values():
         itemsize, flat = group[0].itemsize, _flat(group, ranks)
@@ -246,7 +294,7 @@ def _stage_1_2(home: Home, groups: dict[str, list[Weight]], config: dict, ranks:
             state[MOMENTS] += 8 * part + SCALAR
     if state is found.device:
         if zero["stage"] == 1:
-            found.device[GRADIENTS] = _whole(w for group in groups.values() for w in group)
+            found.device[GRADIENTS] = whole_bytes(w for group in groups.values() for w in group)
         else:  # what has been added up, and the micro-batch's
             found.device[GRADIENTS] = 2 * max(_overlapping(groups.values(), ranks, rank) for rank in range(ranks))
     # In a backward at stage 2, between backwards at stage 1; a second one fills while the first one travels.
@@ -325,10 +373,10 @@ def _aligned(elements: int) -> int:
 
 def _persistent(zero: dict) -> int:
     """Elements up to which a weight is whole on every rank at all times."""
-    return _stage_3_value(zero, "param_persistence_threshold", 100_000)
+    return stage_3_value(zero, "param_persistence_threshold", 100_000)
 
 
-def _stage_3_value(zero: dict, key: str, default: int) -> int | str:
+def stage_3_value(zero: dict, key: str, default: int) -> int | str:
     return zero.get(key, zero.get(f"stage3_{key}", default))
 
 

@@ -120,7 +120,7 @@ def batched_is_alone(subject: Subject, sample: Sample) -> Result:
         worst,
         subject.bound,
         f"a row must not depend on its company or padding, and its {name} does by {{measured}}: the model ignores its "
-        "attention mask or its positions; try another model.attn_implementation",
+        "attention mask or its positions; try another model.attn_implementation, or ppo.packing false if it is true",
     )
 
 

@@ -86,17 +86,23 @@ def homes(recipe: Recipe) -> list[Home]:
     return found
 
 
-def skeleton(path: str, trust_remote_code: bool = False, scores: bool = False) -> PreTrainedModel:
+def skeleton(
+    path: str, trust_remote_code: bool = False, scores: bool = False, attention: str | None = None
+) -> PreTrainedModel:
     """A model on the meta device: every shape, no number.
 
     Args:
         path: a folder with a config.json, or a hub name.
         scores: a sequence classifier with one output.
+        attention: model.attn_implementation of the recipe. Flash attention, which may not be installed here, keeps
+            what sdpa keeps.
 
     Raises:
         RecipeError: the config can't be read.
     """
     changes = {"num_labels": 1} if scores else {}
+    if attention is not None:
+        changes["attn_implementation"] = "eager" if attention == "eager" else "sdpa"
     factory = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **changes)
@@ -218,6 +224,9 @@ def _saved(path: str) -> LoraSettings:
         config = PeftConfig.from_pretrained(str(Path(path)))
     except Exception as error:  # whatever a broken file makes its parser raise
         raise RecipeError(f"{path} can't be read as a peft adapter: {error}; name a folder that peft saved") from error
+    uneven = [name for name in ("rank_pattern", "layers_to_transform", "exclude_modules") if getattr(config, name)]
+    if uneven:
+        raise RecipeError(f"{path} sets {', '.join(uneven)}, which a plan can't count; plan without it, with its rank")
     targets = config.target_modules
     return LoraSettings(
         rank=config.r,

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import shlex
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
@@ -24,14 +25,19 @@ def main() -> None:
         # Nothing is quantized here, and peft would wait for it: it takes a second and a half to import.
         sys.modules["bitsandbytes"] = None
         with quiet_imports():
-            from engine import fitting, plan_report, planner
+            from engine import fitting, plan_report, planner, volume
         raw = read_ds_config(recipe.zero.ds_config)
-        found = planner.phases(recipe, raw, options.gpus, not options.on_cpu, options.gpu_memory)
-        if options.json:
-            options.json.write_text(json.dumps(plan_report.as_json(found), indent=2) + "\n")
-        if options.png:
-            plan_report.draw(found, options.gpu_memory, options.png)
-        print(plan_report.page(found, options.gpu_memory), end="")
+        job = (recipe, raw, options.gpus, not options.on_cpu, options.gpu_memory)
+        found, moved = planner.phases(*job), volume.of_iteration(*job)
+        times = _seconds(options, recipe, found, moved)
+        try:
+            if options.json:
+                options.json.write_text(json.dumps(plan_report.as_json(found, moved, times), indent=2) + "\n")
+            if options.png:
+                plan_report.draw(found, options.gpu_memory, options.png)
+        except OSError as error:
+            raise RecipeError(f"{error.filename} can't be written ({error.strerror}); name another file") from None
+        print(plan_report.page(found, options.gpu_memory), plan_report.traffic_page(moved, times), sep="\n", end="")
         phase = max(found, key=lambda phase: plan_report.device_total(found[phase]))
         peak = plan_report.device_total(found[phase])
         if options.gpu_memory is not None and peak > options.gpu_memory:
@@ -42,10 +48,25 @@ def main() -> None:
             )
 
 
+def _seconds(options: Namespace, recipe, found: dict, moved: dict) -> dict | None:
+    """By phase, where all rates were given."""
+    from engine import planner, shapes, volume
+
+    rates = (options.flops, options.network, options.memory_speed)
+    if None in rates:
+        return None
+    copy = sum(found["generation"][shapes.SHARED].device[part] for part in (planner.WEIGHTS, planner.COPY))
+    try:
+        return volume.seconds(recipe, moved, options.gpus, volume.Rates(*rates), copy)
+    except AttributeError as error:
+        raise RecipeError(f"--flops is for models that are built as Llama is, got one that isn't: {error}") from error
+
+
 def _remedy(settings: dict[str, object], devices: int | None) -> str:
     """What makes it fit, in words."""
     options = " ".join(
-        f"--{key} {value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()
+        f"--{key} {shlex.quote(value if isinstance(value, str) else json.dumps(value))}"
+        for key, value in settings.items()
     )
     ways = [f"it fits with {options}"] if settings else []
     ways += [f"{'or ' if ways else 'it fits '}on {devices} devices"] if devices else []
@@ -66,6 +87,9 @@ def _arguments() -> tuple[Namespace, list[str]]:
     parser.add_argument("--gpus", type=_count, required=True, metavar="N", help="devices of the whole job, a rank each")
     parser.add_argument("--gpu-memory", type=_bytes, metavar="SIZE", help="of one device, such as 80GB or 24GiB")
     parser.add_argument("--on-cpu", action="store_true", help="the ranks compute on CPUs: smaller buckets")
+    parser.add_argument("--flops", type=float, metavar="RATE", help="that a device reaches, such as 4e14: seconds, too")
+    parser.add_argument("--network", type=float, metavar="RATE", help="bytes a second that reach a rank, such as 25e9")
+    parser.add_argument("--memory-speed", type=float, metavar="RATE", help="bytes a second of its memory, such as 2e12")
     parser.add_argument("--png", type=Path, metavar="FILE", help="the plan as a picture: a bar for each phase")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the plan once more, in bytes, for machines")
     return parser.parse_known_args()

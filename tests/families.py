@@ -543,7 +543,7 @@ def check_alone(folder: Path) -> dict[str, float]:
     """The checks that need one process: largest deviations by name."""
     model = roles(recipe(folder))
     found = {"own logits": against_plain(folder, model), "padding": padding(model)}
-    if model.causal.config.model_type not in causal.UNPACKABLE:
+    if model.causal.config.model_type in causal.PACKABLE:
         found["packed"] = packed(model)
     replica = Replica(model)
     module = replica.fill()

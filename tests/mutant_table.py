@@ -2219,6 +2219,22 @@ MUTANTS += [
         "a storage that is saved twice counts twice, and weights count",
         "test_planner.py::test_activations[adapter-zero0-float32]",
     ),
+    ranks(
+        "plan-reduces-once",
+        "volume",
+        "{2: 2 * of_step, 3: of_step}.get(stage, 2)",
+        "2",
+        "gradients that every backward reduces count once a step",
+        "test_volume.py::test_an_iteration[trunk-zero2]",
+    ),
+    ranks(
+        "odd-buckets",
+        "ds_config",
+        "bucket + bucket % 2",
+        "bucket",
+        "DeepSpeed's stages 1 and 2 refuse an odd number of trained elements",
+        "test_ds_config.py::test_buckets_follow_what_trains",
+    ),
     alone(
         "nearest-takes-all",
         "fitting",

@@ -23,9 +23,10 @@ LAYERS = [
     {"roles", "adapter_checks"},
     {"weight_groups", "activations"},
     {"replica", "model_checks", "planner"},
-    {"hybrid_engine", "checks", "logprob_memory", "plan_report"},
-    {"checkpoint", "export", "reward_sources", "watchdog", "fitting", "preparation"},
-    {"rollout", "evaluation", "advantages", "update", "supervised", "resume", "interruption"} | {"export_source"},
+    {"hybrid_engine", "checks", "logprob_memory", "volume"},
+    {"checkpoint", "export", "reward_sources", "watchdog", "preparation", "plan_report"},
+    {"rollout", "evaluation", "advantages", "update", "supervised", "resume", "interruption"}
+    | {"export_source", "fitting"},
     {"heldout", "toyworld", "export_check", "probes"},
     {"report", "benchmark_report", "run_folder", "self_checks"},
     {"divergence"},

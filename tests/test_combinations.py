@@ -389,7 +389,7 @@ REFUSED = {
     ),
     "a policy that can't be packed": (
         {"model.path": "jamba", "ppo.packing": True, "ppo.tokens_per_micro_batch": 64},
-        ["model.path: sequences of a model of type jamba can't lie end to end", "Mamba layers", "set that to false"],
+        ["model.path: that sequences of a model of type jamba can lie end to end", "not measured", "set that to false"],
     ),
     # --- families
     "a policy without a cache": (

@@ -47,7 +47,8 @@ def plan(tmp_path):
 def test_seventy_billion_on_eight_devices(plan, tmp_path):
     found = plan("--gpus", "8", "--gpu-memory", "80GB", "--json", "plan.json")
     assert found.returncode == 0, found.stderr
-    parts = json.loads((tmp_path / "plan.json").read_text())
+    plan_made = json.loads((tmp_path / "plan.json").read_text())
+    parts, moved = plan_made["held"], plan_made["received"]
     training = parts["training"]["shared base"]["device"]
     trained = 2 * ADAPTER + 8192  # both adapters and the value head: everything divides by 8
     assert training["masters"] == 4 * trained / 8 and training["gradients"] == 2 * trained / 8
@@ -58,6 +59,20 @@ def test_seventy_billion_on_eight_devices(plan, tmp_path):
     assert 2 * 2 * 856e6 < generation["sampler's copy"] < 80e9 - training["weights"]
     assert sum(generation.values()) < 80e9, "the rest is fetched while decoding"
     assert "Not counted: what a layer needs while it computes" in found.stdout
+    # Seven of eight parts come from others; 64 prompts, minibatches of 32, two epochs: 4 steps of one backward each.
+    assert moved["training"]["reduced"] == 7 / 8 * 2 * trained * 4 and plan_made["seconds"] is None
+
+
+def test_seconds_where_rates_are_given(plan, tmp_path):
+    found = plan(
+        "--gpus", "8", "--flops", "4e14", "--network", "25e9", "--memory-speed", "2e12", "--json", "timed.json"
+    )
+    assert "computes, seconds" in found.stdout, found.stderr
+    timed = json.loads((tmp_path / "timed.json").read_text())
+    training, moved = timed["seconds"]["training"], timed["received"]["training"]
+    assert training["network"] == (moved["gathered"] + moved["reduced"]) / 25e9
+    # 64 sequences of 112 tokens, two epochs: two roles, forward, backward and forward again, 2 FLOPs a weight at least.
+    assert 0.9 < training["computing"] / (2 * 64 * 112 * 2 * 3 * 2 * 69.5e9 / 8 / 4e14) < 1.1
 
 
 def test_what_does_not_fit_is_said_with_the_nearest_change(plan, tmp_path):
@@ -86,6 +101,7 @@ def test_what_one_change_does_not_mend(plan):
     [
         (["--gpus", "0"], "--gpus: must be a whole number above 0, got '0'"),
         (["--gpus", "8", "--gpu-memory", "plenty"], "--gpu-memory: must be a size such as 80GB or 24GiB, got 'plenty'"),
+        (["--gpus", "8", "--png", "nowhere/plan.png"], "nowhere/plan.png can't be written (No such file or directory)"),
         (["--gpus", "8", "--model.path", "nowhere"], "nowhere has no config that a model can be made of"),
         (["--gpus", "8", "--actor.lora.targets", "nothing"], "actor.lora.targets: "),
     ],

@@ -14,7 +14,7 @@ from engine.ds_config import read_ds_config
 from engine.hybrid_engine import HybridEngine
 from engine.roles import ReferenceModel, RolesModel, ValueModel
 from engine.update import update
-from tests import live_storages, tiny
+from tests import families, live_storages, tiny
 
 pytestmark = pytest.mark.dist
 
@@ -284,6 +284,19 @@ def test_gathered_weights(pool, tmp_path, distance, keep):
     file.write_text(json.dumps(raw))
     changes["zero"]["ds_config"] = str(file)
     shared, *_ = shapes.homes(settings)
-    predicted = planner.gathered_bytes(shared, settings, raw, None, backward=True)
+    predicted = planner.gathered_bytes(shared, settings, raw, 2, False, None, backward=True)
     real = max(pool.run(gathered, str(tmp_path), stage, changes))
     assert 0.9 * predicted < real <= predicted
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_every_family_can_be_planned_for(tmp_path, name, caplog):
+    """In bfloat16; where a family's layers need numbers the plan says so, and has all else."""
+    families.config_of(name).save_pretrained(tmp_path)
+    sizes = {"data": {"max_prompt_tokens": 8}, "generation": {"max_new_tokens": 8}}
+    settings = tiny.recipe(model={"path": str(tmp_path), "dtype": "bfloat16"}, **sizes)
+    found = planner.phases(settings, read_ds_config(settings.zero.ds_config), 2, on_cuda=True, device_memory=10**9)
+    parts = found["training"][shapes.SHARED].device
+    assert parts[planner.WEIGHTS] and parts[planner.MOMENTS]
+    uncounted = name in ("BLOOM", "Falcon (alibi)", "DBRX", "OPT")
+    assert (parts[planner.ACTIVATIONS] == 0) == uncounted == ("activations are not counted" in caplog.text), caplog.text
