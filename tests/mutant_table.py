@@ -626,8 +626,8 @@ MUTANTS += [
     alone(
         "packed-in-one-piece",
         "attention",
-        "ends.diff().tolist()",
-        "[query.shape[2]]",
+        "*tensors, ends.diff().tolist(), settings",
+        "*tensors, [query.shape[2]], settings",
         "packed sequences see each other where no mask keeps them apart",
         "test_attention.py::test_sequences_end_to_end_against_float64",
     ),
@@ -642,7 +642,7 @@ MUTANTS += [
     alone(
         "pack-beyond-the-budget",
         "minibatches",
-        "if all(len(part) <= 1 or int(lengths[part].sum()) <= budget for part in parts):",
+        "if all(len(part) <= 1 or int(lengths[part].sum()) <= budget for part in balanced):",
         "if True:",
         "a packed forward holds more than its budget of tokens",
         "test_minibatches.py::test_packed_forwards_keep_the_budget_and_are_few",
