@@ -645,7 +645,7 @@ MUTANTS += [
         "if all(len(part) <= 1 or int(lengths[part].sum()) <= budget for part in balanced):",
         "if True:",
         "a packed forward holds more than its budget of tokens",
-        "test_minibatches.py::test_packed_forwards_keep_the_budget_and_are_few",
+        "test_minibatches.py::test_packs_that_cannot_be_balanced",
     ),
     alone(
         "packs-unequal",

@@ -128,6 +128,13 @@ def test_packing_by_hand():
     assert [LENGTHS[part].tolist() for part in own] == [[17, 9, 5], [14, 10, 7], [11, 10, 8, 2]]
 
 
+def test_packs_that_cannot_be_balanced():
+    """Dealt to the emptiest of three, 5 5 4 4 3 3 3 come to 8, 8 and 11; filled up one after the other, to 9 each."""
+    lengths = torch.tensor([3, 4, 5, 3, 4, 5, 3])
+    (own,) = deal(torch.arange(7), lengths, packed(9), 1)
+    assert [lengths[part].tolist() for part in own] == [[5, 4], [5, 4], [3, 3, 3]]
+
+
 def test_a_budget_by_hand():
     """Within 40 tokens, where a forward costs 2.5 of its own: 9 beside 10 and 10 is padded by 1, 2 beside 5 by 3."""
     (own,) = deal(torch.arange(10), LENGTHS, by_tokens(40), 1)
