@@ -51,13 +51,13 @@ def deal(rows: Tensor, lengths: Tensor, settings: PPOConfig, world_size: int) ->
         shares = balanced_shares(rows, lengths[rows], world_size)
     parts = [_cut(share, lengths, settings) for share in shares]
     most = max(map(len, parts))
-    return [_into(most, own, lengths, settings) for own in parts]
+    return [_split_into(most, own, lengths, settings.packing) for own in parts]
 
 
 def micro_batches(lengths: Tensor, settings: PPOConfig) -> list[Tensor]:
     """This rank's own rows cut into forwards, as many on every rank (a collective)."""
     parts = _cut(torch.arange(len(lengths)), lengths, settings)
-    return _into(int(dist.all_reduce(torch.tensor(len(parts)), "max")), parts, lengths, settings)
+    return _split_into(int(dist.all_reduce(torch.tensor(len(parts)), "max")), parts, lengths, settings.packing)
 
 
 def balanced_shares(rows: Tensor, work: Tensor, world_size: int) -> list[Tensor]:
@@ -129,19 +129,11 @@ def _fewest_packs(rows: Tensor, lengths: Tensor, budget: int) -> list[Tensor]:
     return [rows[torch.tensor(pack, dtype=torch.int64)] for pack in packs]
 
 
-def _into(count: int, parts: list[Tensor], lengths: Tensor, settings: PPOConfig) -> list[Tensor]:
-    """One rank's forwards, now `count` of them; empty ones only where every row stands alone."""
-    if not settings.packing:
-        return _split_into(count, parts, lengths)
-    rows = torch.cat(parts)
-    return balanced_shares(rows, lengths[rows], count)
-
-
-def _split_into(count: int, parts: list[Tensor], lengths: Tensor) -> list[Tensor]:
+def _split_into(count: int, parts: list[Tensor], lengths: Tensor, packing: bool) -> list[Tensor]:
     """`parts` with the largest halved until there are `count`; empty ones only where every row stands alone."""
     parts = list(parts)
     while len(parts) < count:
-        sizes = [padded_tokens(rows, lengths) if len(rows) > 1 else 0 for rows in parts]
+        sizes = [padded_tokens(rows, lengths, packing) if len(rows) > 1 else 0 for rows in parts]
         largest = sizes.index(max(sizes))
         parts[largest : largest + 1] = parts[largest].tensor_split(2)
     return parts

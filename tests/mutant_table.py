@@ -648,14 +648,6 @@ MUTANTS += [
         "test_minibatches.py::test_packs_that_cannot_be_balanced",
     ),
     alone(
-        "packs-unequal",
-        "minibatches",
-        "return balanced_shares(rows, lengths[rows], count)",
-        "return parts",
-        "ZeRO-3 hangs: a rank runs fewer packed forwards",
-        "test_minibatches.py::test_a_plan_is_a_partition_with_as_many_forwards_on_every_rank",
-    ),
-    alone(
         "pack-stays",
         "onednn",
         'vars(layer).pop("packed", None)',
@@ -1319,7 +1311,7 @@ MUTANTS += [
     alone(
         "unequal-forwards",
         "minibatches",
-        "return [_into(most, own, lengths, settings) for own in parts]",
+        "return [_split_into(most, own, lengths, settings.packing) for own in parts]",
         "return parts",
         "ZeRO-3 hangs: a rank runs fewer forwards",
         "test_minibatches.py::test_a_plan_is_a_partition_with_as_many_forwards_on_every_rank",
