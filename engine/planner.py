@@ -304,7 +304,10 @@ def _stage_1_2(home: Home, groups: dict[str, list[Weight]], config: dict, ranks:
 
 
 def _overlapping(groups: Iterable[list[Weight]], ranks: int, rank: int) -> int:
-    """Bytes of the weights that lie in a rank's parts of the groups, if only with an end: their gradients are whole."""
+    """Bytes of the weights that lie in a rank's parts of the groups, if only with an end: their gradients are whole.
+
+    The last rank's part has one for the padding, too.
+    """
     found = 0
     for group in groups:
         part, start = _flat(group, ranks) // ranks, 0
@@ -312,6 +315,7 @@ def _overlapping(groups: Iterable[list[Weight]], ranks: int, rank: int) -> int:
             end = start + weight.elements
             found += weight.nbytes if start < (rank + 1) * part and end > rank * part else 0
             start = end
+        found += (_flat(group, ranks) - start) * group[0].itemsize if rank == ranks - 1 else 0
     return found
 
 

@@ -2193,7 +2193,7 @@ MUTANTS += [
         "query.dtype if self.on_cuda else torch.float32",
         "query.dtype",
         "what attention keeps in float32 on a CPU counts as 16 bit",
-        "test_planner.py::test_activations[trunk-zero0-bfloat16]",
+        "test_planner.py::test_activations[zero0-trunk-bfloat16]",
     ),
     ranks(
         "plan-layers-as-kept-beside-their-inputs",
@@ -2201,7 +2201,7 @@ MUTANTS += [
         "largest = max(layers, key=layers.get)",
         "largest = max(layers, key=layers.get)\n        keeps[largest] += layers[largest]",
         "two checkpointed layers are computed again at once",
-        "test_planner.py::test_activations[checkpointed-zero0-float32]",
+        "test_planner.py::test_activations[zero0-checkpointed-float32]",
     ),
     ranks(
         "plan-counts-views",
@@ -2209,7 +2209,7 @@ MUTANTS += [
         "if storage._cdata not in seen:",
         "if True:",
         "a storage that is saved twice counts twice, and weights count",
-        "test_planner.py::test_activations[adapter-zero0-float32]",
+        "test_planner.py::test_activations[zero0-adapter-float32]",
     ),
     ranks(
         "plan-reduces-once",
