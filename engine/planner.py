@@ -295,8 +295,12 @@ def _stage_1_2(home: Home, groups: dict[str, list[Weight]], config: dict, ranks:
     if state is found.device:
         if zero["stage"] == 1:
             found.device[GRADIENTS] = whole_bytes(w for group in groups.values() for w in group)
-        else:  # what has been added up, and the micro-batch's
-            found.device[GRADIENTS] = 2 * max(_overlapping(groups.values(), ranks, rank) for rank in range(ranks))
+        else:  # what has been added up, and the micro-batch's; the last rank has added up padding, too
+            whole = [2 * _overlapping(groups.values(), ranks, rank) for rank in range(ranks)]
+            whole[-1] += sum(
+                (_flat(of, ranks) - sum(w.elements for w in of)) * of[0].itemsize for of in groups.values()
+            )
+            found.device[GRADIENTS] = max(whole)
     # In a backward at stage 2, between backwards at stage 1; a second one fills while the first one travels.
     buffers = 2 if zero.get("overlap_comm") else 1
     found.device[BUCKETS] += buffers * zero["reduce_bucket_size"] * next(iter(groups.values()))[0].itemsize
@@ -304,10 +308,7 @@ def _stage_1_2(home: Home, groups: dict[str, list[Weight]], config: dict, ranks:
 
 
 def _overlapping(groups: Iterable[list[Weight]], ranks: int, rank: int) -> int:
-    """Bytes of the weights that lie in a rank's parts of the groups, if only with an end: their gradients are whole.
-
-    The last rank's part has one for the padding, too.
-    """
+    """Bytes of the weights that lie in a rank's parts of the groups, if only with an end: their gradients are whole."""
     found = 0
     for group in groups:
         part, start = _flat(group, ranks) // ranks, 0
@@ -315,7 +316,6 @@ def _overlapping(groups: Iterable[list[Weight]], ranks: int, rank: int) -> int:
             end = start + weight.elements
             found += weight.nbytes if start < (rank + 1) * part and end > rank * part else 0
             start = end
-        found += (_flat(group, ranks) - start) * group[0].itemsize if rank == ranks - 1 else 0
     return found
 
 
