@@ -147,7 +147,10 @@ class Watchdog:
         if not self._open:
             return False
         ended = [rank for rank, process in self._mates.items() if _state_of(process) == GONE]
-        return self.failure is not None or any(self._heard[rank][0]["state"] != LEFT for rank in ended)
+        if ended and self.failure is None and self._agreed is None:
+            self._round_trip()  # it may have told of a failure before it went
+        told = self.failure is not None or self._agreed is not None
+        return told or any(self._heard[rank][0]["state"] != LEFT for rank in ended)
 
     # The thread that may be held up.
 
