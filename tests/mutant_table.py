@@ -1974,7 +1974,7 @@ MUTANTS += [
     Mutant(
         "launchers-signal-is-a-persons",
         "engine/watchdog.py",
-        'return self.failure is not None or any(self._heard[rank][0]["state"] != LEFT for rank in ended)',
+        'return told or any(self._heard[rank][0]["state"] != LEFT for rank in ended)',
         "return False",
         "a rank that DeepSpeed's launcher ends, since another died, says that it was asked to stop",
         ("tests/test_watchdog.py",),
