@@ -296,8 +296,7 @@ class Watchdog:
         # Who is to blame and silent, on a host that was cut off, will not hear of it: only the time would be lost.
         lost = {rank for rank, (_, renewed) in self._heard.items() if self._awake - renewed > QUIET_SECONDS}
         lost &= {row["rank"] for row in failure["culprits"]}
-        # Rank 0 must have heard, too: with the first process that ends the launcher sends the others SIGTERM.
-        waits_for = (set(self._visible) if self._rank == 0 else blamed | {0}) - lost
+        waits_for = [rank for rank in self._visible if rank not in lost] if self._rank == 0 else blamed
         end = time.monotonic() + GRACE_SECONDS
         while self._still_here(waits_for) and time.monotonic() < end:
             self._wake.set()
