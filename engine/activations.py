@@ -57,7 +57,7 @@ class Shape:
     @classmethod
     def of(cls, recipe: Recipe) -> Shape:
         """The largest micro-batch of an update: as many of the longest sequences as it may hold."""
-        columns, budget = longest(recipe), recipe.ppo.tokens_per_micro_batch
+        columns, budget = recipe.longest_sequence, recipe.ppo.tokens_per_micro_batch
         if budget is None:
             return cls(recipe.ppo.micro_batch_sequences, columns)
         if recipe.ppo.packing:
@@ -69,11 +69,6 @@ class Shape:
         if recipe.ppo.tokens_per_micro_batch is None:
             return self.rows * recipe.generation.max_new_tokens
         return self.rows * self.columns - self.rows  # short prompts may have long responses
-
-
-def longest(recipe: Recipe) -> int:
-    """Tokens of the longest sequence that a recipe allows."""
-    return recipe.data.max_prompt_tokens + recipe.generation.max_new_tokens
 
 
 def of_training(recipe: Recipe, on_cuda: bool) -> dict[str, int]:

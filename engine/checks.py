@@ -9,7 +9,7 @@ from engine import combinations, model_checks
 from engine.config import Recipe, steps_per_iteration
 from engine.ds_checks import machine_problems
 from engine.ds_config import read_ds_config
-from engine.errors import RecipeError
+from engine.errors import RecipeError, problems_of
 from engine.plugins import load_function
 from engine.role_config import LoraSettings
 
@@ -31,9 +31,9 @@ def check_files(recipe: Recipe, built: bool = True) -> None:
     problems = _check_output(recipe)
     problems += _check_ds_config(recipe)
     problems += model_checks.problems_of(recipe, due)
-    problems += [p for reward in recipe.rewards if reward.function for p in _attempt(load_function, reward.function)]
+    problems += [p for reward in recipe.rewards if reward.function for p in problems_of(load_function, reward.function)]
     if recipe.evaluation.judge:
-        problems += _attempt(load_function, recipe.evaluation.judge)
+        problems += problems_of(load_function, recipe.evaluation.judge)
     problems += [problem for dataset in recipe.datasets if due(dataset) for problem in _check_rows(recipe, dataset)]
     if due(recipe.data.dataset):
         problems += _check_columns(recipe)
@@ -96,14 +96,6 @@ def warnings_of(recipe: Recipe) -> list[str]:
     return warnings
 
 
-def _attempt(function, *arguments) -> list[str]:
-    try:
-        function(*arguments)
-    except RecipeError as error:
-        return list(error.problems)
-    return []
-
-
 def _check_ds_config(recipe: Recipe) -> list[str]:
     problems = []
     try:
@@ -151,7 +143,7 @@ def _check_rows(recipe: Recipe, dataset: str) -> list[str]:
 
     # A hub dataset is downloaded once, when the trainer reads it; that too comes before any model.
     return (
-        _attempt(read_rows, recipe.data, dataset, recipe.generation)
+        problems_of(read_rows, recipe.data, dataset, recipe.generation)
         if Path(dataset).suffix.lower() in LOCAL_FORMATS
         else []
     )

@@ -62,7 +62,7 @@ def dora_problems(said: str, quantization: str, stage: int) -> list[str]:
 
 
 def _sizes(recipe: Recipe) -> list[str]:
-    sequences = recipe.data.prompts_per_iteration * recipe.data.samples_per_prompt
+    sequences = recipe.data.sequences_per_iteration
     problems = []
     if recipe.ppo.minibatch_sequences > sequences:
         problems.append(
@@ -115,7 +115,7 @@ def _old_logprobs(recipe: Recipe) -> list[str]:
 def _on_policy(recipe: Recipe) -> list[str]:
     """The policy of the update is the one that sampled: nothing may move, or be wanted, in between."""
     settings, kl, said = recipe.ppo, recipe.kl, "ppo.old_logprobs on_policy"
-    sequences = recipe.data.prompts_per_iteration * recipe.data.samples_per_prompt
+    sequences = recipe.data.sequences_per_iteration
     problems = []
     if settings.epochs > 1 or settings.minibatch_sequences < sequences:
         problems.append(

@@ -192,6 +192,11 @@ class DataConfig(Section):
     samples_per_prompt: PositiveInt = 1
     """Responses sampled for each prompt."""
 
+    @property
+    def sequences_per_iteration(self) -> int:
+        """Over all ranks."""
+        return self.prompts_per_iteration * self.samples_per_prompt
+
 
 class GenerationConfig(Section):
     """How the actor samples."""
@@ -296,6 +301,11 @@ class Recipe(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     failures: FailureConfig = FailureConfig()
 
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of a prompt and a response that are as long as they may get."""
+        return self.data.max_prompt_tokens + self.generation.max_new_tokens
+
     @model_validator(mode="after")
     def _sections_agree(self):
         problems = combinations.problems_of(self)
@@ -326,5 +336,4 @@ class Recipe(Section):
 
 def steps_per_iteration(recipe: Recipe) -> int:
     """Optimizer steps of one iteration: epochs times minibatches."""
-    sequences = recipe.data.prompts_per_iteration * recipe.data.samples_per_prompt
-    return recipe.ppo.epochs * -(-sequences // recipe.ppo.minibatch_sequences)
+    return recipe.ppo.epochs * -(-recipe.data.sequences_per_iteration // recipe.ppo.minibatch_sequences)

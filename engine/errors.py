@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 
 class RecipeError(ValueError):
     """The user's input can't make a run: each problem states the rule, the value got and the remedy."""
@@ -9,6 +11,15 @@ class RecipeError(ValueError):
     def __init__(self, *problems: str):
         super().__init__("\n".join(problems))
         self.problems = problems
+
+
+def problems_of(check: Callable, *arguments) -> list[str]:
+    """What a check raises as problems of the recipe; none, if it raises nothing."""
+    try:
+        check(*arguments)
+    except RecipeError as error:
+        return list(error.problems)
+    return []
 
 
 class RunError(RuntimeError):

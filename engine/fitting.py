@@ -9,7 +9,6 @@ from itertools import accumulate, chain, takewhile
 from pydantic import ValidationError
 
 from engine import combinations, planner
-from engine.activations import longest
 from engine.config import Recipe
 from engine.ds_config import read_ds_config
 from engine.errors import RecipeError
@@ -96,7 +95,8 @@ def _kinds(recipe: Recipe) -> Iterator[Iterator[Settings]]:
     if ppo.tokens_per_micro_batch is None:
         yield ({"ppo.micro_batch_sequences": size} for size in _halves(ppo.micro_batch_sequences, 1))
     else:
-        yield ({"ppo.tokens_per_micro_batch": size} for size in _halves(ppo.tokens_per_micro_batch, longest(recipe)))
+        sizes = _halves(ppo.tokens_per_micro_batch, recipe.longest_sequence)
+        yield ({"ppo.tokens_per_micro_batch": size} for size in sizes)
     yield (
         {"generation.max_concurrent_sequences": size}
         for size in _halves(generation.max_concurrent_sequences, FEWEST_SEQUENCES)

@@ -177,9 +177,9 @@ class HybridEngine:
             return None  # no weight is cut
         if settings.gather_budget_bytes != "auto":
             return settings.gather_budget_bytes
-        columns = self.recipe.data.max_prompt_tokens + settings.max_new_tokens
+        rows, columns = settings.max_concurrent_sequences, self.recipe.longest_sequence
         causal, dtype = self.roles.causal, models.DTYPES[self.recipe.model.dtype]
-        cache = device_memory.kv_cache_bytes(causal.config, settings.max_concurrent_sequences, columns, dtype)
+        cache = device_memory.kv_cache_bytes(causal.config, rows, columns, dtype)
         free = device_memory.free_bytes(self.device, zero.local_ranks())
         room = free * 9 // 10 - cache - 2 * self.replica.largest_group_bytes
         if self.device.type == "cpu":

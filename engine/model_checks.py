@@ -22,6 +22,12 @@ POSITION_KEYS += ("original_max_position_embeddings",)  # of longrope, the last 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
+def is_hub_name(path: str) -> bool:
+    """Whether what is no folder here can be a name on the hub."""
+    # "runs/policy" has a hub name's shape too; a first part that is a folder here says a path was meant.
+    return not Path(path).is_dir() and HUB_NAME.fullmatch(path) is not None and not Path(path.split("/")[0]).is_dir()
+
+
 def problems_of(recipe: Recipe, due: Callable[[str], bool]) -> list[str]:
     """All that is wrong with the models, tokenizers and adapters that lie where `due` says it is time to look."""
     problems = []
@@ -298,8 +304,7 @@ def _model_config(setting: str, path: str, revision: str | None, problems: list[
     """The model's config.json; None, with a problem added, when there is none to be had."""
     file = Path(path) / "config.json"
     if not Path(path).is_dir():
-        # "runs/policy" has a hub name's shape too; a first part that is a folder here says a path was meant.
-        if not HUB_NAME.fullmatch(path) or Path(path.split("/")[0]).is_dir():
+        if not is_hub_name(path):
             problems.append(f"{setting}: no folder {path} (working directory {Path.cwd()}); correct the path")
             return None
         from huggingface_hub import hf_hub_download  # here: most recipes under test name folders
@@ -334,7 +339,7 @@ def _check_positions(recipe: Recipe, setting: str, path: str, config: dict) -> l
         name = "original_max_position_embeddings"
         config = {name: rope.get(name) or config.get(name) or config.get("max_position_embeddings")}
     key = next((key for key in POSITION_KEYS if isinstance(config.get(key), int) and config[key] > 0), None)
-    longest = recipe.data.max_prompt_tokens + recipe.generation.max_new_tokens
+    longest = recipe.longest_sequence
     if key is None or config[key] >= longest:
         return []
     return [

@@ -67,7 +67,7 @@ def phases(
     homes = shapes.homes(recipe)
     training = {home.name: state(home, recipe, raw, ranks, on_cuda) for home in homes}
     resting = {home.name: _resting(training[home.name], home, raw) for home in homes}
-    shared, room = homes[0], room_beside(resting, device_memory)
+    shared, room = homes[0], _room_beside(resting, device_memory)
     decoding = _generation(shared, recipe, resolve(shared, recipe, raw, ranks, on_cuda), ranks, room)
     inference = dict(resting)
     for home in homes:
@@ -95,14 +95,16 @@ def _activations(recipe: Recipe, on_cuda: bool) -> dict[str, int]:
         return {}
 
 
-def room_beside(resting: dict[str, Bytes], device_memory: int | None) -> int | None:
-    """Bytes of a device that are free between phases; None: unlimited."""
+def room_between_phases(
+    homes: list[Home], recipe: Recipe, raw: dict, ranks: int, on_cuda: bool, device_memory: int | None
+) -> int | None:
+    """Bytes of a device that no home holds between phases; None: unlimited. Arguments as for `phases`."""
+    resting = {home.name: _resting(state(home, recipe, raw, ranks, on_cuda), home, raw) for home in homes}
+    return _room_beside(resting, device_memory)
+
+
+def _room_beside(resting: dict[str, Bytes], device_memory: int | None) -> int | None:
     return None if device_memory is None else device_memory - sum(sum(of.device.values()) for of in resting.values())
-
-
-def resting(homes: list[Home], recipe: Recipe, raw: dict, ranks: int, on_cuda: bool) -> dict[str, Bytes]:
-    """What each home holds between phases; arguments as for `phases`."""
-    return {home.name: _resting(state(home, recipe, raw, ranks, on_cuda), home, raw) for home in homes}
 
 
 def _resting(training: Bytes, home: Home, raw: dict) -> Bytes:
@@ -120,11 +122,10 @@ def _generation(home: Home, recipe: Recipe, config: dict, ranks: int, room: int 
         room: free bytes of the device; None: unlimited.
     """
     settings, dtype = recipe.generation, models.DTYPES[recipe.model.dtype]
-    sequences = math.ceil(recipe.data.prompts_per_iteration * recipe.data.samples_per_prompt / ranks)
+    sequences = math.ceil(recipe.data.sequences_per_iteration / ranks)
     rows = min(settings.max_concurrent_sequences, sequences)
-    columns = recipe.data.max_prompt_tokens + settings.max_new_tokens
-    spare = BLOCK if rows < sequences else 0
-    found = Bytes(Counter({CACHE: kv_cache_bytes(home.model.config, rows, columns + spare, dtype)}))
+    columns = recipe.longest_sequence + (BLOCK if rows < sequences else 0)
+    found = Bytes(Counter({CACHE: kv_cache_bytes(home.model.config, rows, columns, dtype)}))
     copy, largest = copy_bytes(home, recipe, config)
     resident = resident_bytes(home, recipe, config, room)
     found.device[COPY] = copy if resident == copy else min(copy, resident + 2 * largest)
@@ -140,8 +141,8 @@ def resident_bytes(home: Home, recipe: Recipe, config: dict, room: int | None) -
     settings, (copy, largest) = recipe.generation, copy_bytes(home, recipe, config)
     budget = settings.gather_budget_bytes
     if budget == "auto" and room is not None:  # as HybridEngine decides it
-        columns, dtype = recipe.data.max_prompt_tokens + settings.max_new_tokens, models.DTYPES[recipe.model.dtype]
-        cache = kv_cache_bytes(home.model.config, settings.max_concurrent_sequences, columns, dtype)
+        rows, dtype = settings.max_concurrent_sequences, models.DTYPES[recipe.model.dtype]
+        cache = kv_cache_bytes(home.model.config, rows, recipe.longest_sequence, dtype)
         budget = max(0, room * 9 // 10 - cache - 2 * largest)
     if config["zero_optimization"]["stage"] != 3 or budget == "auto":
         return copy
@@ -164,10 +165,7 @@ def copy_bytes(home: Home, recipe: Recipe, config: dict) -> tuple[int, int]:
     actors = [w for w in actors if w.name not in replaced]
     apart = [w for w in actors if w.name in merged or (zero["stage"] == 3 and w.elements > _persistent(zero))]
     apart = [w for w in apart if not (merged and ".lora_" in w.name)]
-    groups = Counter()
-    for weight in apart:
-        groups[weight.name if weight.layer is None else weight.layer] += weight.nbytes
-    return whole_bytes(apart), max(groups.values(), default=0)
+    return whole_bytes(apart), _largest_layer(apart)
 
 
 def gathered_bytes(
@@ -184,13 +182,10 @@ def gathered_bytes(
     if home.frozen_engine:
         zero = read_ds_config(recipe.zero.frozen_ds_config, frozen=True).get("zero_optimization", {})
     kept, rest = kept_and_rest(home, recipe, raw, ranks, on_cuda, room)
-    groups = Counter()
-    for weight in rest:
-        groups[weight.name if weight.layer is None else weight.layer] += weight.nbytes
     itemsize = max((w.itemsize for w in rest), default=1)
     limits = ["max_live_parameters", *(["max_reuse_distance"] if backward else [])]  # fetched ahead; coming again soon
     in_use = sum(int(stage_3_value(zero, key, DEFAULT_LIMIT)) * itemsize for key in limits)
-    in_use += max(groups.values(), default=0)
+    in_use += _largest_layer(rest)
     return whole_bytes(kept) + min(whole_bytes(rest), in_use)
 
 
@@ -259,6 +254,14 @@ def resolve(home: Home, recipe: Recipe, raw: dict, ranks: int, on_cuda: bool) ->
 def _shard(weight: Weight, ranks: int) -> int:
     """Elements of a rank's part of a weight: the last rank's is padded."""
     return math.ceil(weight.elements / ranks)
+
+
+def _largest_layer(weights: Iterable[Weight]) -> int:
+    """Bytes of the most that is gathered at once: a decoder layer, or a weight outside of them."""
+    layers = Counter()
+    for weight in weights:
+        layers[weight.name if weight.layer is None else weight.layer] += weight.nbytes
+    return max(layers.values(), default=0)
 
 
 def whole_bytes(weights: Iterable[Weight]) -> int:

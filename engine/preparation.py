@@ -16,9 +16,9 @@ import torch
 from engine import dist, environment_checks
 from engine.checks import check_files
 from engine.config import Recipe
-from engine.errors import RecipeError, RunError
+from engine.errors import RecipeError, RunError, problems_of
 from engine.findings import Finding
-from engine.model_checks import HUB_NAME
+from engine.model_checks import is_hub_name
 from engine.prompts import LOCAL_FORMATS, read_rows
 
 WEIGHTS = ["*.safetensors"]
@@ -78,15 +78,6 @@ def tell(everywhere: list[tuple[str, list[str]]]) -> list[str]:
     return told
 
 
-def problems_of(check: Callable[[], None]) -> list[str]:
-    """What a check raises as the recipe's problems."""
-    try:
-        check()
-    except RecipeError as error:
-        return list(error.problems)
-    return []
-
-
 def from_the_hub(recipe: Recipe) -> dict[str, str | None]:
     """Names of models that are no folders here, each with its revision; empty: there is nothing to fetch."""
     models = {recipe.model.path: recipe.model.revision}
@@ -94,7 +85,7 @@ def from_the_hub(recipe: Recipe) -> dict[str, str | None]:
     models |= {path: None for path in others if path and path not in models}
     if recipe.toyworld:
         models = {path: at for path, at in models.items() if Path(recipe.toyworld) not in Path(path).parents}
-    return {path: revision for path, revision in models.items() if _is_hub_name(path)}
+    return {path: revision for path, revision in models.items() if is_hub_name(path)}
 
 
 def fetch(recipe: Recipe) -> None:
@@ -114,7 +105,7 @@ def fetch(recipe: Recipe) -> None:
             continue
     for dataset in recipe.datasets:
         if Path(dataset).suffix.lower() not in LOCAL_FORMATS:
-            problems_of(partial(read_rows, recipe.data, dataset))
+            problems_of(read_rows, recipe.data, dataset)
 
 
 def writes_for_its_node(folder: Path) -> bool:
@@ -150,8 +141,3 @@ def copy_to_own_disks(folder: Path, writes: bool) -> None:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 (folder / name).write_bytes(content.numpy().tobytes())
     dist.barrier()
-
-
-def _is_hub_name(path: str) -> bool:
-    # "runs/policy" has a hub name's shape too; a first part that is a folder here says a path was meant.
-    return not Path(path).is_dir() and HUB_NAME.fullmatch(path) is not None and not Path(path.split("/")[0]).is_dir()

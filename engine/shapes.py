@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -74,6 +75,12 @@ def homes(recipe: Recipe) -> list[Home]:
     Raises:
         RecipeError: a config can't be read, or asks for what can't be counted.
     """
+    return list(_homes(recipe.model_dump_json()))
+
+
+@lru_cache(maxsize=1)  # bytes held and bytes moved are asked for of the same recipe, one after the other
+def _homes(recipe_text: str) -> tuple[Home, ...]:
+    recipe = Recipe.model_validate_json(recipe_text)
     found = [_shared(recipe)]
     if recipe.critic.home == "model":
         found.append(_critic(recipe))
@@ -83,7 +90,7 @@ def homes(recipe: Recipe) -> list[Home]:
     for reward in recipe.rewards:
         if reward.model:
             found.append(_frozen(reward.label, recipe, reward.model, reward.offload_param == "cpu", scores=True))
-    return found
+    return tuple(found)
 
 
 def skeleton(

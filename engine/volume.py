@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from transformers import AutoConfig
 
 from engine import flops, planner, shapes
-from engine.activations import longest
-from engine.config import Recipe
+from engine.config import Recipe, steps_per_iteration
 from engine.shapes import Home
 
 
@@ -43,7 +42,7 @@ def of_iteration(
         raw, ranks, on_cuda, device_memory: as for `planner.phases`.
     """
     homes, share, stage = shapes.homes(recipe), (ranks - 1) / ranks, raw.get("zero_optimization", {}).get("stage", 0)
-    room = planner.room_beside(planner.resting(homes, recipe, raw, ranks, on_cuda), device_memory)
+    room = planner.room_between_phases(homes, recipe, raw, ranks, on_cuda, device_memory)
     without_gradients, of_step = forwards(recipe, ranks)
     inference = training = reduced = 0.0
     for home in homes:
@@ -59,7 +58,7 @@ def of_iteration(
             training += once + of_step * _fetched(rest, raw, _passes(home, recipe, backward=True))
         # An all-reduce passes twice; stages 0 and 1 make one for all that a step has added up, 2 one in each backward.
         reduced += trained * {2: 2 * of_step, 3: of_step}.get(stage, 2)
-    steps = optimizer_steps(recipe)
+    steps = steps_per_iteration(recipe)
     return {
         "generation": Moved(share * _generation(homes[0], recipe, raw, ranks, on_cuda, room)),
         "inference": Moved(share * inference),
@@ -81,8 +80,7 @@ def seconds(
     Raises:
         AttributeError: a model's config lacks what a Llama-like decoder has.
     """
-    sequences = recipe.data.prompts_per_iteration * recipe.data.samples_per_prompt
-    lengths = [(recipe.data.max_prompt_tokens, recipe.generation.max_new_tokens)] * sequences
+    lengths = [(recipe.data.max_prompt_tokens, recipe.generation.max_new_tokens)] * recipe.data.sequences_per_iteration
     policy = flops.Decoder.of(AutoConfig.from_pretrained(recipe.model.path))
     rewards = [flops.Decoder.of(AutoConfig.from_pretrained(r.model)) if r.model else None for r in recipe.rewards]
     parts = flops.phases(recipe, policy, rewards, lengths)
@@ -100,23 +98,17 @@ def seconds(
 
 def forwards(recipe: Recipe, ranks: int) -> tuple[int, int]:
     """Of a rank: those of an iteration without gradients, and those of one optimizer step."""
-    sequences, counts = recipe.data.prompts_per_iteration * recipe.data.samples_per_prompt, []
+    sequences, counts = recipe.data.sequences_per_iteration, []
     for rows, ppo in ((sequences, recipe.ppo.for_inference), (recipe.ppo.minibatch_sequences, recipe.ppo)):
         budget = ppo.tokens_per_micro_batch
-        most = ppo.micro_batch_sequences if budget is None else max(1, budget // longest(recipe))
+        most = ppo.micro_batch_sequences if budget is None else max(1, budget // recipe.longest_sequence)
         counts.append(math.ceil(math.ceil(rows / ranks) / most))
     return counts[0], counts[1]
 
 
-def optimizer_steps(recipe: Recipe) -> int:
-    """Of an iteration."""
-    sequences = recipe.data.prompts_per_iteration * recipe.data.samples_per_prompt
-    return recipe.ppo.epochs * math.ceil(sequences / recipe.ppo.minibatch_sequences)
-
-
 def decoding_steps(recipe: Recipe, ranks: int) -> int:
     """Forwards of a rank in generation, each slot used again as often as there are sequences for it."""
-    own = math.ceil(recipe.data.prompts_per_iteration * recipe.data.samples_per_prompt / ranks)
+    own = math.ceil(recipe.data.sequences_per_iteration / ranks)
     return math.ceil(own / recipe.generation.max_concurrent_sequences) * recipe.generation.max_new_tokens
 
 

@@ -27,8 +27,8 @@ def main() -> None:
         with quiet_imports():
             from engine import fitting, plan_report, planner, volume
         raw = read_ds_config(recipe.zero.ds_config)
-        job = (recipe, raw, options.gpus, not options.on_cpu, options.gpu_memory)
-        found, moved = planner.phases(*job), volume.of_iteration(*job)
+        asked = (recipe, raw, options.gpus, not options.on_cpu, options.gpu_memory)
+        found, moved = planner.phases(*asked), volume.of_iteration(*asked)
         times = _seconds(options, recipe, found, moved)
         try:
             if options.json:

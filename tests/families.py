@@ -489,27 +489,25 @@ def trunk(folder: Path, model: RolesModel) -> float:
 
 
 @torch.no_grad()
-def padding(model: RolesModel) -> float:
-    """Every output of a row alone, among others, and padded on the left and on the right."""
-    rollout, wanted = tiny.rollout(), dict.fromkeys(("entropy", "values", "ref_logprobs", "full_kl"), True)
-    together = [model.outputs(_layout(rollout, left, right), **wanted) for left, right in ((0, 0), (5, 0), (0, 6))]
-    pairs = []
-    for row, _, r, ids in sequences(rollout):
+def _alone_and(model: RolesModel, layouts: list[Layout]) -> float:
+    """Every output of a row alone against those of all rows of `tiny.rollout()`, laid out in each of some ways."""
+    wanted, pairs = dict.fromkeys(("entropy", "values", "ref_logprobs", "full_kl"), True), []
+    together = [model.outputs(layout, **wanted) for layout in layouts]
+    for row, _, r, ids in sequences(tiny.rollout()):
         alone = model.outputs(Layout(ids, torch.ones_like(ids, dtype=torch.bool), torch.tensor([r])), **wanted)
         for other in together:
             pairs += [(getattr(other, name)[row, :r], value[0]) for name, value in vars(alone).items()]
     return _worst(pairs)
 
 
-@torch.no_grad()
+def padding(model: RolesModel) -> float:
+    """A row alone, among others, and padded on the left and on the right."""
+    return _alone_and(model, [_layout(tiny.rollout(), left, right) for left, right in ((0, 0), (5, 0), (0, 6))])
+
+
 def packed(model: RolesModel) -> float:
-    """Every output of a row alone, and of all of them end to end."""
-    rollout, wanted = tiny.rollout(), dict.fromkeys(("entropy", "values", "ref_logprobs", "full_kl"), True)
-    together, pairs = model.outputs(Layout.of(rollout, packed=True), **wanted), []
-    for row, _, r, ids in sequences(rollout):
-        alone = model.outputs(Layout(ids, torch.ones_like(ids, dtype=torch.bool), torch.tensor([r])), **wanted)
-        pairs += [(getattr(together, name)[row, :r], value[0]) for name, value in vars(alone).items()]
-    return _worst(pairs)
+    """A row alone, and all of them end to end."""
+    return _alone_and(model, [Layout.of(tiny.rollout(), packed=True)])
 
 
 @torch.no_grad()

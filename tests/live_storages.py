@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
 import torch
@@ -81,6 +81,40 @@ def fresh_bytes(tensors: Iterable[Tensor], seen: set[int]) -> int:
             seen.add(storage.data_ptr())
             total += storage.nbytes()
     return total
+
+
+@contextmanager
+def in_backwards(engines: list) -> Iterator[dict]:
+    """Inside, at each backward's end, where they hold the most: by `zero.TrainedEngine`, its `held` and `on_disk`."""
+    found: dict = {trained: [] for trained in engines}
+
+    def look(trained) -> None:
+        found[trained].append((held(trained), on_disk(trained)))
+
+    def watched(trained, *arguments) -> None:
+        backward(trained, *arguments)
+        look(trained)
+
+    kind = type(engines[0])
+    backward = kind.backward
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(kind, "backward", watched))
+        for trained in engines:
+            optimizer = trained.engine.optimizer
+            if hasattr(optimizer, "_release_ipg_buffers"):  # of stages 1 and 2: within the backward's end
+
+                def release(trained=trained, original=optimizer._release_ipg_buffers) -> None:
+                    look(trained)
+                    original()
+
+                stack.enter_context(patch.object(optimizer, "_release_ipg_buffers", release))
+        yield found
+
+
+def most(looks: list[tuple[dict[str, int], dict[str, int]]]) -> tuple[dict[str, int], dict[str, int]]:
+    """The most bytes of each part in memory and on the disk."""
+    memory, disk = ({part: max(one[part] for one in of) for part in of[0]} for of in zip(*looks, strict=True))
+    return memory, disk
 
 
 class _Box:

@@ -11,43 +11,32 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from transformers import LlamaConfig, Qwen2Config
+from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
 
 from engine import planner, shapes
 from engine.config import Recipe
 from engine.ds_config import read_ds_config
 from engine.plan_report import device_total
 
+
+def sizes(kind, hidden: int, inner: int, layers: int, heads: int, key_heads: int, vocabulary: int) -> PretrainedConfig:
+    """A config with a head of its own."""
+    return kind(
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        vocab_size=vocabulary,
+        tie_word_embeddings=False,
+    )
+
+
 MODELS = {
-    "7B": Qwen2Config(
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        vocab_size=152064,
-        tie_word_embeddings=False,
-    ),
-    "13B": LlamaConfig(
-        hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40, vocab_size=32000
-    ),
-    "32B": Qwen2Config(
-        hidden_size=5120,
-        intermediate_size=27648,
-        num_hidden_layers=64,
-        num_attention_heads=40,
-        num_key_value_heads=8,
-        vocab_size=152064,
-        tie_word_embeddings=False,
-    ),
-    "70B": LlamaConfig(
-        hidden_size=8192,
-        intermediate_size=28672,
-        num_hidden_layers=80,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        vocab_size=128256,
-    ),
+    "7B": sizes(Qwen2Config, 3584, 18944, 28, 28, 4, 152064),
+    "13B": sizes(LlamaConfig, 5120, 13824, 40, 40, 40, 32000),
+    "32B": sizes(Qwen2Config, 5120, 27648, 64, 40, 8, 152064),
+    "70B": sizes(LlamaConfig, 8192, 28672, 80, 64, 8, 128256),
 }
 """Shapes of Qwen 2.5 7B, Llama 2 13B (whose heads share no keys), Qwen 2.5 32B and Llama 3 70B."""
 DEVICES = [1, 2, 4, 8, 16, 32, 64]

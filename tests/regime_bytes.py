@@ -10,33 +10,19 @@ from __future__ import annotations
 
 import tempfile
 
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
 from engine import planner, shapes, traffic, zero
 from engine.ds_config import read_ds_config
 from engine.hybrid_engine import HybridEngine
 from engine.roles import RolesModel
 from engine.update import update
 from tests import live_storages, tiny
+from tests.role_bytes import base
 
-DTYPE = torch.bfloat16
 REGIMES = ("zero0", "zero1", "zero2", "zero3", "zero3_cpu_optimizer", "zero3_cpu_offload", "zero3_nvme")
 HOMES = {
     "LoRA": {},
     "full": {"actor": {"train": "full"}, "critic": {"home": "trunk"}, "reference": {"home": "model"}},
 }
-
-
-def config() -> LlamaConfig:
-    """24.6 million parameters."""
-    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 8}
-    return LlamaConfig(vocab_size=4096, max_position_embeddings=128, **sizes)
-
-
-def base(seed: int = 0) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(config()).to(DTYPE).requires_grad_(False)
 
 
 def recipe(regime: str, home: str, path: str, folder: str = ""):
@@ -60,33 +46,15 @@ def measured(regime: str, home: str, path: str, folder: str) -> dict:
         reference = tiny.ReferenceModel(base(1), 1.0)
     engine = HybridEngine(RolesModel(base(), settings), settings, None, reference)
     update(engine, tiny.experience(), settings, 0, 0.0, frozenset())  # DeepSpeed learns the order of weights
-    held, backward = [], zero.TrainedEngine.backward
-
-    def watched(trained, *arguments):
-        backward(trained, *arguments)
-        held.append((live_storages.held(trained), live_storages.on_disk(trained)))
-
-    optimizer = engine.engine.engine.optimizer
-    release = getattr(optimizer, "_release_ipg_buffers", None)
-
-    def released():  # at the end of a backward below stage 3: the most there is
-        held.append((live_storages.held(engine.engine), live_storages.on_disk(engine.engine)))
-        release()
-
-    if release is not None:
-        optimizer._release_ipg_buffers = released
-    zero.TrainedEngine.backward = watched
     before = sum(traffic.received.values())
-    try:
+    with live_storages.in_backwards([engine.engine]) as found:
         update(engine, tiny.experience(), settings, 1, 0.0, frozenset())
-    finally:
-        zero.TrainedEngine.backward = backward
     moved = sum(traffic.received.values()) - before
     frozen = 0
     if engine.reference is not None:
         frozen = live_storages.fresh_bytes(map(zero.local_shard, engine.reference.module.parameters()), set())
     engine.close()
-    memory, disk = ({part: max(one[part] for one in of) for part in of[0]} for of in zip(*held, strict=True))
+    memory, disk = live_storages.most(found[engine.engine])
     return {"memory": memory, "disk": disk, "moved": moved, "frozen": frozen}
 
 

@@ -8,19 +8,10 @@ import subprocess
 import sys
 
 import pytest
-from transformers import LlamaConfig
 
 from engine.config import REPOSITORY
+from tests.plan_table import MODELS
 
-LARGE = {
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-}
-"""Llama 3 70B: 70,553,706,496 weights."""
 OFFLINE = os.environ | {"HF_HUB_OFFLINE": "1"}
 """A name that is no folder would be looked for on the hub, again and again."""
 ADAPTER = 80 * 64 * (2 * (8192 + 8192) + 2 * (8192 + 1024) + 3 * (8192 + 28672))
@@ -28,7 +19,7 @@ ADAPTER = 80 * 64 * (2 * (8192 + 8192) + 2 * (8192 + 1024) + 3 * (8192 + 28672))
 
 @pytest.fixture
 def plan(tmp_path):
-    LlamaConfig(**LARGE).save_pretrained(tmp_path)  # a config.json and nothing else
+    MODELS["70B"].save_pretrained(tmp_path)  # a config.json and nothing else; 70,553,706,496 weights
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"model: {{path: {tmp_path}, dtype: bfloat16}}\n"

@@ -76,30 +76,10 @@ def engine_of(path: str, stage: str, dtype: str, rank: int, changes: dict):
 def measured(path: str, stage: str, dtype: str, rank: int, changes: dict) -> list[dict]:
     """By engine, the most that each part holds in the backwards of an update."""
     engine, settings = engine_of(path, stage, dtype, rank, changes)
-
     engines = list(dict.fromkeys([engine.engine, engine.critic_engine]))
-    found: dict[zero.TrainedEngine, list] = {trained: [] for trained in engines}
-    backward = zero.TrainedEngine.backward
-
-    def watched(trained, *arguments):
-        backward(trained, *arguments)
-        found[trained].append(live_storages.held(trained))
-
-    zero.TrainedEngine.backward = watched
-    for trained in engines:
-        optimizer = trained.engine.optimizer
-        if hasattr(optimizer, "_release_ipg_buffers"):  # of stages 1 and 2, at a backward's end: the most there is
-
-            def release(trained=trained, original=optimizer._release_ipg_buffers):
-                found[trained].append(live_storages.held(trained))
-                original()
-
-            optimizer._release_ipg_buffers = release
-    try:
+    with live_storages.in_backwards(engines) as found:
         update(engine, tiny.experience(), settings, 0, 0.0, frozenset())
-    finally:
-        zero.TrainedEngine.backward = backward
-    held = [{part: max(one[part] for one in found[trained]) for part in found[trained][0]} for trained in engines]
+    held = [live_storages.most(found[trained])[0] for trained in engines]
     if engine.reference is not None:
         held.append({"weights": sum(zero.local_shard(p).nbytes for p in engine.reference.module.parameters())})
     engine.close()
