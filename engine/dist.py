@@ -151,15 +151,22 @@ def exchange_with_hosts(value) -> list[tuple[str, object]]:
     try:
         store.wait(keys)
     except RuntimeError as error:
-        late = [other for other, key in enumerate(keys) if not store.check([key])]
-        said = f"{len(late)} of {world} ranks, the first of them {late[0]}, did not come" if late else str(error)
-        raise RunError(f"{said} within {_patience()} (DEEPSPEED_TIMEOUT, in minutes); look at their hosts") from error
+        raise RunError(_who_is_late(store, keys, error)) from error
     found = [tuple(json.loads(store.get(key))) for key in keys]
     # With rank 0 the store goes: it stays until all have read.
     if store.add(f"read-{number}", 1) == world:
         store.set(f"all-have-read-{number}", "")
     store.wait([f"all-have-read-{number}"])
     return found
+
+
+def _who_is_late(store: dist.Store, keys: list[str], error: RuntimeError) -> str:
+    try:
+        late = [other for other, key in enumerate(keys) if not store.check([key])]
+    except RuntimeError as lost:  # rank 0 keeps the store: its patience ended first, and it has said who is late
+        return f"the rendezvous store of rank 0 is gone ({str(lost).splitlines()[0]}); look at what rank 0 says"
+    said = f"{len(late)} of {len(keys)} ranks, the first of them {late[0]}, did not come" if late else str(error)
+    return f"{said} within {_patience()} (DEEPSPEED_TIMEOUT, in minutes); look at their hosts"
 
 
 def wait_without_limit() -> Callable:
