@@ -28,6 +28,12 @@ from engine.errors import RecipeError
 from engine.fetching import decoder_layers
 from engine.roles import ACTOR, CRITIC, RolesModel, ValueModel
 
+NEVER_MATTERS = {
+    "zero": {"ds_config", "frozen_ds_config", "nvme_path", "keep_gathered_bytes"},
+    "generation": {"max_concurrent_sequences", "continuous_batching", "gather_budget_bytes", "compile"},
+}
+"""What of a recipe activations don't depend on: whoever looks for a plan that fits changes much of it."""
+
 
 class Uncounted(Exception):
     """A forward on the meta device failed."""
@@ -82,14 +88,14 @@ def of_training(recipe: Recipe, on_cuda: bool) -> dict[str, int]:
         Uncounted: the family's layers need numbers, which the meta device has none of.
     """
     try:
-        return dict(_of_training(recipe.model_dump_json(), on_cuda))
+        return dict(_of_training(recipe.model_dump_json(exclude=NEVER_MATTERS), on_cuda))
     except RecipeError:
         raise
     except Exception as error:  # whatever a family's own code raises without numbers
         raise Uncounted(f"{type(error).__name__}: {error}") from error
 
 
-@lru_cache  # whoever looks for a plan that fits asks for the same again, on other numbers of ranks
+@lru_cache
 def _of_training(recipe_text: str, on_cuda: bool) -> dict[str, int]:
     recipe = Recipe.model_validate_json(recipe_text)
     shape, keeps, layers = Shape.of(recipe), Counter(), {}

@@ -92,7 +92,7 @@ def _iterations(trainer: Trainer) -> dict:
     limits, records = [machine.matrix_flops_per_second(dtype, trainer.engine.device)], []
     with progress_bar("benchmark", recipe.iterations) as advance:
         for iteration in range(recipe.iterations):
-            records.append(_measure(trainer, iteration))
+            records.append(measure(trainer, iteration))
             limits.append(machine.matrix_flops_per_second(dtype, trainer.engine.device))
             trainer.sinks.write(iteration + 1, records[-1]["metrics"])
             advance(f"{records[-1]['cpu_seconds']['iteration'][0]:.1f} CPU s")
@@ -109,9 +109,10 @@ def _iterations(trainer: Trainer) -> dict:
     }
 
 
-def _measure(trainer: Trainer, iteration: int) -> dict:
+def measure(trainer: Trainer, iteration: int) -> dict:
     """One iteration: seconds and peak memory of every rank, and rank 0's metrics."""
-    machine.reset_peak_rss()
+    device = trainer.engine.device
+    machine.reset_peaks(device)
     dist.barrier()
     cpu, wall = time.process_time(), time.perf_counter()
     metrics = trainer.iterate(Begun(iteration))
@@ -122,9 +123,11 @@ def _measure(trainer: Trainer, iteration: int) -> dict:
     for phase in PHASES:
         own["cpu_seconds"][phase] = metrics[f"cpu/{phase}_seconds"]
         own["wall_seconds"][phase] = metrics[f"time/{phase}_seconds"]
-    ranks = dist.all_gather_objects((own, machine.peak_rss_bytes()))
-    found = {kind: {name: [seconds[kind][name] for seconds, _ in ranks] for name in own[kind]} for kind in own}
-    return {**found, "peak_rss_bytes": [peak for _, peak in ranks], "load": os.getloadavg()[0], "metrics": metrics}
+    ranks = dist.all_gather_objects((own, machine.peak_rss_bytes(), machine.peak_device_bytes(device)))
+    found = {kind: {name: [seconds[kind][name] for seconds, *_ in ranks] for name in own[kind]} for kind in own}
+    found["peak_rss_bytes"] = [resident for _, resident, _ in ranks]
+    found["peak_device_bytes"] = [held for *_, held in ranks if held is not None]
+    return {**found, "load": os.getloadavg()[0], "metrics": metrics}
 
 
 def _lengths(trainer: Trainer) -> list[tuple[int, int]]:

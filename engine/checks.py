@@ -41,6 +41,18 @@ def check_files(recipe: Recipe, built: bool = True) -> None:
         raise RecipeError(*problems)
 
 
+def check_world(recipe: Recipe) -> None:
+    """For what reads the toy world's models and doesn't build it.
+
+    Raises:
+        RecipeError: it isn't there yet.
+    """
+    if recipe.toyworld and not Path(recipe.toyworld).is_dir():
+        raise RecipeError(
+            f"toyworld: {recipe.toyworld} is not built yet; run the recipe once (--iterations 1), or make quickstart"
+        )
+
+
 def warnings_of(recipe: Recipe) -> list[str]:
     """What the recipe allows and its author may not have meant, for the log."""
     kl, generation, evaluation = recipe.kl, recipe.generation, recipe.evaluation

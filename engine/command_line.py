@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import time
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from collections.abc import Mapping
 from contextlib import contextmanager
 from difflib import SequenceMatcher
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ByteSize, Field, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
@@ -119,6 +119,21 @@ def load_recipe(path: str | Path, overrides: Mapping | None = None) -> Recipe:
 def recipe_text(recipe: Recipe) -> str:
     """Every setting of `recipe` as YAML that loads back to an equal recipe."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def count(text: str) -> int:
+    """An option's whole number above 0."""
+    if not text.isdigit() or int(text) < 1:
+        raise ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
+    return int(text)
+
+
+def byte_size(text: str) -> int:
+    """An option's size, such as 80GB or 24GiB."""
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError:
+        raise ArgumentTypeError(f"must be a size such as 80GB or 24GiB, got {text!r}") from None
 
 
 @contextmanager

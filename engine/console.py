@@ -46,6 +46,7 @@ def progress_bar(label: str, total: int, completed: int = 0) -> Iterator[Callabl
     """A bar with the time left, on rank 0; the function that it gives moves it (by one) and sets its note."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     columns += (TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
-    with Progress(*columns, console=CONSOLE, disable=dist.rank() != 0) as progress:
+    # rich forgets after half a minute, which one step can take.
+    with Progress(*columns, console=CONSOLE, disable=dist.rank() != 0, speed_estimate_period=86400) as progress:
         task = progress.add_task(label, total=total, completed=completed, note="")
         yield lambda note="", by=1: progress.update(task, advance=by, note=note)

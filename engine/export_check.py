@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 from torch import Tensor
 
-from engine import dist, verify_export
+from engine import dist, launchers, verify_export
 from engine.errors import RunError
 from engine.export_source import Source
 from engine.merging import Merged
@@ -57,8 +57,7 @@ def verify(folder: Path, form: Form, rows: list[dict], expected: Tensor, source:
     trained = [{"role": role, "file": str(source.checkpoint / f"{role}.safetensors")} for role in of_roles]
     cases = {"function": form.function, "rows": rows, "expected": expected.tolist()}
     cases |= {"trained": trained, "dtype": source.recipe.model.dtype}
-    group = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    alone = {name: value for name, value in os.environ.items() if name not in group}
+    alone = launchers.without_ranks(os.environ)
     with TemporaryDirectory() as scratch:
         file = Path(scratch) / "cases.json"
         file.write_text(json.dumps(cases))

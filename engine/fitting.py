@@ -12,7 +12,8 @@ from engine import combinations, planner
 from engine.config import Recipe
 from engine.ds_config import read_ds_config
 from engine.errors import RecipeError
-from engine.plan_report import device_total
+from engine.plan_report import most
+from engine.planner import Bytes
 
 Settings = dict[str, object]
 """Keys of the recipe with dots, and what to set them to."""
@@ -23,22 +24,41 @@ SMALLER = ["ds_configs/zero3.json", "ds_configs/zero3_cpu_optimizer.json", "ds_c
 
 @dataclass(frozen=True)
 class Job:
-    """A recipe and what it is planned for."""
+    """A recipe and what it is planned for: bytes that a rank may have on its device, in host memory and on a disk.
+
+    None: nobody said.
+    """
 
     recipe: Recipe
     ranks: int
     on_cuda: bool
-    device_memory: int
+    device_memory: int | None
+    host_memory: int | None = None
+    disk: int | None = None
+
+    def phases(self) -> dict[str, dict[str, Bytes]]:
+        """What `planner.phases` says of it.
+
+        Raises:
+            RecipeError: the recipe contradicts itself, or what it names can't be read.
+        """
+        raw = read_ds_config(self.recipe.zero.ds_config)
+        problems = combinations.problems_at_stage(self.recipe, raw.get("zero_optimization", {}).get("stage", 0))
+        if problems:
+            raise RecipeError(*problems)
+        return planner.phases(self.recipe, raw, self.ranks, self.on_cuda, self.device_memory)
+
+    def over(self, found: dict[str, dict[str, Bytes]]) -> dict[str, tuple[int, int]]:
+        """Of device, host and disk those of which a plan needs more than there is: bytes needed, bytes there."""
+        room = {"device": self.device_memory, "host": self.host_memory, "disk": self.disk}
+        needed = {place: (most(found, place), size) for place, size in room.items() if size is not None}
+        return {place: both for place, both in needed.items() if both[0] > both[1]}
 
     def fits(self) -> bool:
         try:
-            raw = read_ds_config(self.recipe.zero.ds_config)
-            phases = planner.phases(self.recipe, raw, self.ranks, self.on_cuda, self.device_memory)
+            return not self.over(self.phases())
         except RecipeError:  # the change contradicts something else in the recipe
             return False
-        if combinations.problems_at_stage(self.recipe, raw.get("zero_optimization", {}).get("stage", 0)):
-            return False
-        return max(map(device_total, phases.values())) <= self.device_memory
 
     def changed(self, settings: Settings) -> Job | None:
         """With other settings; None: they contradict the rest."""

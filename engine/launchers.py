@@ -6,7 +6,7 @@ a job, started by srun or not; launch/slurm.sbatch starts DeepSpeed's launcher o
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 
 from engine.errors import RecipeError
 
@@ -18,6 +18,12 @@ OPEN_MPI = {
 }
 PORT = "29500"
 """Where ranks meet if nobody says: the default of DeepSpeed and torchrun."""
+OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def without_ranks(environment: Mapping[str, str]) -> dict[str, str]:
+    """`environment` for a process that is none of this job's ranks."""
+    return {name: value for name, value in environment.items() if name not in OF_A_RANK}
 
 
 def adopt(environment: MutableMapping[str, str]) -> None:

@@ -19,10 +19,14 @@ class LiveBytes(TorchDispatchMode):
     """Inside, counts the bytes of the tensors that came into being and are still alive; `peak_bytes` is the most.
 
     Storages are counted, each once, so views cost nothing. Scratch space inside a kernel is not seen.
+
+    Args:
+        counts: which of the tensors.
     """
 
-    def __init__(self):
+    def __init__(self, counts: Callable[[Tensor], bool] = lambda tensor: True):
         super().__init__()
+        self.counts = counts
         self.live: dict[int, tuple[StorageWeakRef, int]] = {}
         self.peak_bytes = 0
 
@@ -32,7 +36,7 @@ class LiveBytes(TorchDispatchMode):
         self.live = {key: entry for key, entry in self.live.items() if not entry[0].expired()}
         for x in tree_leaves(result):
             # A view of what was there before is nothing new.
-            if isinstance(x, Tensor) and (key := x.untyped_storage()._cdata) not in given:
+            if isinstance(x, Tensor) and (key := x.untyped_storage()._cdata) not in given and self.counts(x):
                 self.live[key] = (StorageWeakRef(x.untyped_storage()), x.untyped_storage().nbytes())
         self.peak_bytes = max(self.peak_bytes, sum(size for _, size in self.live.values()))
         return result

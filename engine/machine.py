@@ -60,10 +60,12 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def reset_peak_rss() -> None:
-    """Let the peak start from what is resident now. Where the system can't, it is the peak since the process began."""
+def reset_peaks(device: torch.device) -> None:
+    """Let peaks start from what is held now. Where the system can't, resident memory's is since the process began."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_rss_bytes() -> int:
@@ -73,3 +75,8 @@ def peak_rss_bytes() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
+
+
+def peak_device_bytes(device: torch.device) -> int | None:
+    """Most that PyTorch's allocator has taken of a CUDA device since the last reset; None: a CPU."""
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None

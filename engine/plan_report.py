@@ -80,6 +80,15 @@ def device_total(homes: dict[str, Bytes]) -> int:
     return sum(sum(of.device.values()) for of in homes.values())
 
 
+def most(phases: dict[str, dict[str, Bytes]], place: str) -> int:
+    """Bytes of a rank in the phase that needs most.
+
+    Args:
+        place: device, host or disk.
+    """
+    return max(sum(sum(getattr(of, place).values()) for of in homes.values()) for homes in phases.values())
+
+
 def traffic_page(moved: dict[str, Moved], times: dict[str, tuple[float, float]] | None) -> str:
     """What ranks receive in an iteration, and how long it takes where somebody gave rates."""
     table = Table("", *moved, title="in an iteration, each rank", title_justify="left")

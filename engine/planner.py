@@ -13,14 +13,13 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from engine import activations, dist, models, shapes
+from engine import activations, dist, models, shapes, vocabulary_head
 from engine.config import Recipe
 from engine.device_memory import kv_cache_bytes
 from engine.ds_checks import device_of, offloads, to_nvme
 from engine.ds_config import frozen_ds_config, read_ds_config, resolve_ds_config
 from engine.kv_cache import BLOCK
 from engine.shapes import Home, Weight
-from engine.vocabulary_head import LOGITS_BYTES
 
 logger = dist.get_logger(__name__)
 
@@ -78,12 +77,29 @@ def phases(
     for name, size in _activations(recipe, on_cuda).items():
         kept = Counter({ACTIVATIONS: size})
         training[name] += Bytes(host=kept) if recipe.zero.offload_activations else Bytes(kept)
-    logits = Bytes(Counter({LOGITS: 3 * LOGITS_BYTES}))
+    for held, learning in ((inference, False), (training, True)):
+        held[shared.name] += Bytes(Counter({LOGITS: logits_bytes(recipe, shared, learning)}))
     return {
         "generation": resting | {shared.name: resting[shared.name] + decoding},
-        "inference": inference | {shared.name: inference[shared.name] + logits},
-        "training": training | {shared.name: training[shared.name] + logits},
+        "inference": inference,
+        "training": training,
     }
+
+
+def logits_bytes(recipe: Recipe, home: Home, learning: bool) -> int:
+    """The most that logits and what is made of them take at once, of the largest micro-batch; in training or before."""
+    full_kl = recipe.kl.estimator == "full" and (recipe.kl.placement == "loss") == learning
+    sizes = recipe if learning else recipe.model_copy(update={"ppo": recipe.ppo.for_inference})
+    return vocabulary_head.buffer_bytes(
+        activations.Shape.of(sizes).response_tokens(sizes),
+        home.model.config.get_text_config().vocab_size,
+        models.DTYPES[recipe.model.dtype],
+        recipe.generation.temperature or 1.0,
+        learning=learning,
+        entropy=learning,
+        full_kl=full_kl,
+        referred=not learning and recipe.reference_home != "model",
+    )
 
 
 def _activations(recipe: Recipe, on_cuda: bool) -> dict[str, int]:

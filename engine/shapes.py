@@ -27,6 +27,8 @@ from engine.role_config import LoraSettings
 
 BASE, ACTOR, CRITIC, REFERENCE = "base", "actor", "critic", "reference"
 SHARED = "shared base"
+OF_MODELS = {"iterations", "model", "actor", "critic", "reference", "rewards"}
+"""What of a recipe shapes depend on, and what these sections must agree with."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +77,10 @@ def homes(recipe: Recipe) -> list[Home]:
     Raises:
         RecipeError: a config can't be read, or asks for what can't be counted.
     """
-    return list(_homes(recipe.model_dump_json()))
+    return list(_homes(recipe.model_dump_json(include=OF_MODELS)))
 
 
-@lru_cache(maxsize=1)  # bytes held and bytes moved are asked for of the same recipe, one after the other
+@lru_cache(maxsize=4)  # of the same models much is asked, one thing after the other
 def _homes(recipe_text: str) -> tuple[Home, ...]:
     recipe = Recipe.model_validate_json(recipe_text)
     found = [_shared(recipe)]

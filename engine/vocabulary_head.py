@@ -63,6 +63,41 @@ class Asked:
         return replace(self, ids=self.ids[where], ref_hidden=ref_hidden)
 
 
+def chunk_tokens(vocabulary: int) -> int:
+    """How many tokens are measured at once."""
+    return max(1, LOGITS_BYTES // (4 * vocabulary))
+
+
+def buffer_bytes(
+    tokens: int,
+    vocabulary: int,
+    dtype: torch.dtype,
+    temperature: float,
+    *,
+    learning: bool,
+    entropy: bool,
+    full_kl: bool,
+    referred: bool,
+) -> int:
+    """The most that the `[n, V]` buffers of a chunk of so many tokens take at once, in a head that doesn't train.
+
+    Args:
+        learning: gradients flow.
+        referred: the reference's log-probs are measured beside the policy's.
+    """
+    own, wide = dtype.itemsize, 4
+    scaled = own + wide * (own < wide) + wide * (temperature != 1)
+    most = max(scaled, 2 * wide)  # before, and behind the softmax
+    if referred or full_kl:
+        most += wide
+    held = wide * (1 + entropy + full_kl)
+    if full_kl:
+        most = max(most, held + 1)  # where p is 0
+    if learning:
+        most = max(most, held + own * (own < wide))
+    return min(tokens, chunk_tokens(vocabulary)) * vocabulary * most
+
+
 class VocabularyHead(nn.Module):
     """All that a causal model does after its backbone (head, bias, scaling, capping), on hidden states that are given.
 
@@ -123,7 +158,7 @@ class VocabularyHead(nn.Module):
 
     def chunks(self, tokens: int) -> list[slice]:
         """Where the chunks of so many tokens lie: at least one."""
-        size = max(1, LOGITS_BYTES // (4 * self.vocabulary))
+        size = chunk_tokens(self.vocabulary)
         return [slice(start, start + size) for start in range(0, max(1, tokens), size)]
 
     def _chunk(self, hidden: Tensor, asked: Asked, where: slice, with_slopes: bool) -> tuple[dict[str, Tensor], ...]:

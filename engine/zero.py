@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import io
 import math
 import os
@@ -22,6 +23,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
@@ -70,11 +72,7 @@ def _unname_shared_memory() -> None:
 
 
 def check_dtype(dtype: torch.dtype) -> None:
-    """Refuse float16 where DeepSpeed will not train in it, before anything is loaded.
-
-    Raises:
-        RecipeError: this processor has no float16 arithmetic.
-    """
+    """Raise a RecipeError, before anything is loaded, for float16 where DeepSpeed will not train in it."""
     if dtype == torch.float16 and not get_accelerator().is_fp16_supported():
         raise RecipeError(
             f"model.dtype float16 needs a device that computes in it, and DeepSpeed finds none here "
@@ -269,7 +267,7 @@ class TrainedEngine:
 
     def close(self) -> None:
         """Give back hooks, buffers and what lies on a disk."""
-        self.engine.destroy()
+        _destroy(self.engine)
         if self.swap_folder is not None:
             self.swap_folder.close()
 
@@ -299,7 +297,7 @@ class FrozenEngine:
         return self.engine(*args, **kwargs)
 
     def close(self) -> None:
-        self.engine.destroy()
+        _destroy(self.engine)
 
 
 def phase_weights(
@@ -339,10 +337,7 @@ def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Inside, partitioned parameters are whole on every rank (a collective); others are left as they are."""
     # What is whole already (small parameters that DeepSpeed keeps whole) would be cut up again at the end.
     partitioned = [p for p in parameters if not is_gathered(p)]
-    if not partitioned:
-        yield
-        return
-    with deepspeed.zero.GatheredParameters(partitioned):
+    with deepspeed.zero.GatheredParameters(partitioned) if partitioned else contextlib.nullcontext():
         yield
 
 
@@ -409,11 +404,16 @@ def shards_hash(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> str:
     return digest.hexdigest()
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> contextlib.AbstractContextManager:
     """Silence what libraries print at start-up (DeepSpeed's op loader writes to stdout)."""
-    if os.environ.get("ALTERNATOR_VERBOSE"):
-        yield
-        return
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
+    verbose = os.environ.get("ALTERNATOR_VERBOSE")
+    return contextlib.nullcontext() if verbose else contextlib.redirect_stdout(io.StringIO())
+
+
+def _destroy(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Give back hooks and buffers, and what DeepSpeed goes on naming: all of the engine would stay alive with it."""
+    engine.destroy()
+    cached = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+    inspect.getclosurevars(cached).nonlocals["func"].cache_clear()  # by module, without a limit
+    named = deepspeed.runtime.zero.parameter_offload.FWD_MODULE_STACK
+    named[:] = [module for module in named if module is not engine.module]

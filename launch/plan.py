@@ -4,12 +4,13 @@ import gc
 import json
 import shlex
 import sys
-from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.command_line import parse, readable_errors
+from engine.checks import check_world
+from engine.command_line import byte_size, count, parse, readable_errors
 from engine.ds_config import read_ds_config
 from engine.errors import RecipeError
 
@@ -18,6 +19,7 @@ def main() -> None:
     with readable_errors("this plan"):
         options, rest = _arguments()
         recipe = parse(rest)
+        check_world(recipe)
         from engine.console import quiet_imports, set_up_logging
 
         set_up_logging()
@@ -38,14 +40,24 @@ def main() -> None:
         except OSError as error:
             raise RecipeError(f"{error.filename} can't be written ({error.strerror}); name another file") from None
         print(plan_report.page(found, options.gpu_memory), plan_report.traffic_page(moved, times), sep="\n", end="")
-        phase = max(found, key=lambda phase: plan_report.device_total(found[phase]))
-        peak = plan_report.device_total(found[phase])
-        if options.gpu_memory is not None and peak > options.gpu_memory:
-            job = fitting.Job(recipe, options.gpus, not options.on_cpu, options.gpu_memory)
-            raise RecipeError(
-                f"in {phase} a rank needs {peak / 1e9:.1f} GB, and --gpu-memory is {options.gpu_memory / 1e9:.1f} GB; "
-                + _remedy(fitting.nearest(job), fitting.devices(job))
-            )
+        ranks_of_a_node = options.gpus // options.nodes
+        shares = [size and size // ranks_of_a_node for size in (options.cpu_memory, options.nvme)]
+        job = fitting.Job(recipe, options.gpus, not options.on_cpu, options.gpu_memory, *shares)
+        if over := job.over(found):
+            raise RecipeError(_too_much(found, over) + "; " + _remedy(fitting.nearest(job), fitting.devices(job)))
+
+
+def _too_much(found: dict, over: dict[str, tuple[int, int]]) -> str:
+    """What a plan needs and there isn't, in words."""
+    from engine.plan_report import device_total
+
+    said = {"device": "--gpu-memory", "host": "its share of --cpu-memory", "disk": "its share of --nvme"}
+    phase = max(found, key=lambda phase: device_total(found[phase]))
+    where = {"device": f"in {phase}", "host": "in host memory", "disk": "on NVMe"}
+    return ", and ".join(
+        f"{where[place]} a rank needs {needed / 1e9:.1f} GB, and {said[place]} is {room / 1e9:.1f} GB"
+        for place, (needed, room) in over.items()
+    )
 
 
 def _seconds(options: Namespace, recipe, found: dict, moved: dict) -> dict | None:
@@ -84,30 +96,21 @@ def _arguments() -> tuple[Namespace, list[str]]:
         formatter_class=RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--gpus", type=_count, required=True, metavar="N", help="devices of the whole job, a rank each")
-    parser.add_argument("--gpu-memory", type=_bytes, metavar="SIZE", help="of one device, such as 80GB or 24GiB")
+    parser.add_argument("--gpus", type=count, required=True, metavar="N", help="devices of the whole job, a rank each")
+    parser.add_argument("--gpu-memory", type=byte_size, metavar="SIZE", help="of one device, such as 80GB or 24GiB")
+    parser.add_argument("--nodes", type=count, default=1, metavar="M", help="hosts that the devices are in, evenly")
+    parser.add_argument("--cpu-memory", type=byte_size, metavar="SIZE", help="of one host, for what is offloaded there")
+    parser.add_argument("--nvme", type=byte_size, metavar="SIZE", help="of one host, for what is offloaded there")
     parser.add_argument("--on-cpu", action="store_true", help="the ranks compute on CPUs: smaller buckets")
     parser.add_argument("--flops", type=float, metavar="RATE", help="that a device reaches, such as 4e14: seconds, too")
     parser.add_argument("--network", type=float, metavar="RATE", help="bytes a second that reach a rank, such as 25e9")
     parser.add_argument("--memory-speed", type=float, metavar="RATE", help="bytes a second of its memory, such as 2e12")
     parser.add_argument("--png", type=Path, metavar="FILE", help="the plan as a picture: a bar for each phase")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the plan once more, in bytes, for machines")
-    return parser.parse_known_args()
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
-    return int(text)
-
-
-def _bytes(text: str) -> int:
-    from pydantic import ByteSize, TypeAdapter, ValidationError
-
-    try:
-        return int(TypeAdapter(ByteSize).validate_python(text))
-    except ValidationError:
-        raise ArgumentTypeError(f"must be a size such as 80GB or 24GiB, got {text!r}") from None
+    options, rest = parser.parse_known_args()
+    if options.gpus % options.nodes:
+        parser.error(f"--nodes must divide the {options.gpus} of --gpus, got {options.nodes}")
+    return options, rest
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ A test hands `Pool.run` a module-level function; both ranks import and call it, 
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -29,9 +30,13 @@ def _serve(rank: int, world_size: int, port: int, connection) -> None:
     import torch
 
     torch.set_num_threads(1)
-    from engine import zero
+    from engine import trainer, zero
 
     zero.start()
+    # What was imported stays: each engine that DeepSpeed makes has everything looked through for garbage.
+    del trainer
+    gc.collect()
+    gc.freeze()
     connection.send(("ready", None))
     while (job := connection.recv()) is not None:
         function, arguments = job

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from engine import launchers
+
 ROOT = Path(__file__).resolve().parent.parent
 DEEPSPEED = Path(sys.executable).parent / "deepspeed"
 
@@ -47,12 +49,10 @@ def free_port() -> int:
 def _run(command: list, cwd: Path, timeout: float, environment: dict) -> subprocess.CompletedProcess:
     # `deepspeed` starts its ranks with the `python3` on the PATH: it must be this one.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    group = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    inherited = {name: value for name, value in os.environ.items() if name not in group}
     return subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
-        env={**inherited, "PATH": path, **environment},
+        env={**launchers.without_ranks(os.environ), "PATH": path, **environment},
         capture_output=True,
         text=True,
         timeout=timeout,

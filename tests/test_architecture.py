@@ -27,11 +27,12 @@ LAYERS = [
     {"checkpoint", "export", "reward_sources", "watchdog", "preparation", "plan_report"},
     {"rollout", "evaluation", "advantages", "update", "supervised", "resume", "interruption"}
     | {"export_source", "fitting"},
-    {"heldout", "toyworld", "export_check", "probes"},
-    {"report", "benchmark_report", "run_folder", "self_checks"},
-    {"divergence"},
-    {"trainer", "exporting"},
+    {"heldout", "toyworld", "export_check", "probes", "tuning_space"},
+    {"report", "benchmark_report", "run_folder", "self_checks", "tuning", "candidates"},
+    {"divergence", "trials"},
+    {"trainer", "exporting", "tuning_report"},
     {"benchmark", "doctor"},
+    {"trial"},
 ]
 """DESIGN.md section 4 from the bottom up: a module imports from layers strictly below its own."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -185,3 +187,22 @@ def settings(stage: str, home: str, micro: int = 2, checkpointing: bool = False)
         "critic": {"home": home},
         "ppo": {"micro_batch_sequences": micro, "entropy_coef": 0.01, "value_coef": 0.5},
     }
+
+
+def outlive(settings: dict) -> list[str]:
+    """Kinds of modules that are alive after two updates and the engine's end."""
+    recipe = tiny.recipe(**settings)
+    engine, experience = tiny.engine(recipe), tiny.experience()
+    for step in range(2):  # in the second one DeepSpeed knows the order of its forwards, and remembers modules by it
+        update(engine, experience, recipe, step, 0.0, frozenset())
+    modules = [engine.roles, engine.critic, engine.reference and engine.reference.module]
+    watched = [weakref.ref(module) for module in modules if module is not None]
+    engine.close()
+    del engine, modules
+    gc.collect()
+    return [type(module()).__name__ for module in watched if module() is not None]
+
+
+@pytest.mark.parametrize("homes", [{}, {"critic": {"home": "model"}, "reference": {"home": "model"}}])
+def test_a_closed_engine_leaves_nothing(pool, homes):
+    assert pool.run(outlive, homes) == [[], []]

@@ -1,0 +1,95 @@
+"""Find the fastest setting that fits: `python launch/tune.py [RECIPE.yaml] --gpus N [--gpu-memory 80GB]`."""
+
+import signal
+import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from engine.checkpoint_config import seconds_of
+from engine.checks import check_world
+from engine.command_line import byte_size, count, parse, readable_errors
+from engine.errors import RecipeError, RunError
+
+
+def main() -> None:
+    with readable_errors("this search"):
+        options, rest = _arguments()
+        recipe = parse(rest)
+        check_world(recipe)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a trial that runs ends with the search
+        from engine.console import progress_bar, quiet_imports, set_up_logging
+
+        set_up_logging()
+        with quiet_imports():  # of hundreds of plans each would say what it can't count, too
+            from engine import tuning_report
+
+            search, trials = _search(recipe, options)
+        combinations, total = len(search.planned), search.expected_trials()
+        with progress_bar("trials", combinations if options.exhaustive else total) as advance:
+            trials.done = lambda trial: advance(f"{trial.iteration_seconds:.2f} s" if trial.seconds else trial.status)
+            winner = search.exhaustive() if options.exhaustive else search.fastest()
+        if winner is None:
+            raise RunError(f"no trial ran; of the last one: {trials.made[-1].said}; see {trials.folder}")
+        print(tuning_report.write(trials.space, trials.made, winner, options.search), end="")
+        print(f"{len(trials.made)} trials, {combinations} combinations that fit; recipe: {options.search}/recipe.yaml")
+
+
+def _search(recipe, options: Namespace) -> tuple:
+    """The search, and what makes its trials; one that was broken off goes on."""
+    import torch
+
+    from engine import candidates, device_memory, trials, tuning, tuning_space
+
+    ranks, on_cuda, memory = options.gpus, torch.cuda.is_available(), options.gpu_memory
+    if memory is None and on_cuda:
+        raise RecipeError("--gpu-memory is needed where there are GPUs: this process takes nothing of them, not a look")
+    if memory is None:
+        memory = device_memory.free_bytes(torch.device("cpu"), ranks)
+    if options.axes:
+        axes = tuning_space.read_axes(recipe, options.axes)
+    else:
+        axes = tuning_space.default_axes(recipe, ranks, on_cuda)
+    space = tuning_space.Space(recipe, axes)
+    planned = candidates.candidates(space, ranks, on_cuda, memory, needless_too=options.exhaustive)
+    said = {name: str(value) for name, value in vars(options).items() if name not in ("search", "trial_limit")}
+    trials.claim(options.search, recipe, said | {"axes": [[axis.key, *axis.values] for axis in axes]})
+    tries = trials.Trials(
+        space, options.search / "trials", ranks, options.by, memory, seconds_of(options.trial_limit), options.hostfile
+    )
+    return tuning.Search(axes, planned, space.own, tries.measure, options.trial_iterations), tries
+
+
+def _arguments() -> tuple[Namespace, list[str]]:
+    """The search's own options, and the recipe's."""
+    parser = ArgumentParser(
+        prog="launch/tune.py",
+        description="Plans all combinations of some settings, tries few of them in short real runs, and writes the "
+        "fastest one\nas recipe and ds_config. No setting that it tries changes what a run learns.",
+        epilog="Every key of the recipe is an option too (--model.path DIR --critic.home trunk): see launch/train.py "
+        "--help.",
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--gpus", type=count, required=True, metavar="N", help="devices of the whole job, a rank each")
+    add("--gpu-memory", type=byte_size, metavar="SIZE", help="of one device, such as 80GB; on CPUs what is free")
+    add("--hostfile", type=Path, metavar="FILE", help="DeepSpeed's, for trials on several hosts")
+    add("--axes", type=Path, metavar="FILE", help="YAML of settings and the values to try; none: docs/tuning.md")
+    default = Path("runs/tune")
+    add("--search", type=Path, default=default, metavar="DIR", help="the search's folder, taken up if it is there")
+    add("--by", choices=["wall", "cpu"], default="wall", help="seconds that count; cpu: on CPUs that others use, too")
+    add("--trial-iterations", type=count, default=2, metavar="N", help="of a short trial, without warm-up (default: 2)")
+    add("--trial-limit", default="30m", metavar="TIME", help="a trial that takes longer is a failed one (default: 30m)")
+    add("--exhaustive", action="store_true", help="try everything that fits, for comparison")
+    options, rest = parser.parse_known_args()
+    try:
+        seconds_of(options.trial_limit)
+    except ValueError as error:
+        parser.error(f"--trial-limit {error}")
+    return options, rest
+
+
+if __name__ == "__main__":
+    main()
