@@ -18,7 +18,7 @@ from engine import candidates, planner, trials, tuning_space
 from engine.config import REPOSITORY, Recipe
 from engine.ds_config import read_ds_config
 from engine.errors import RecipeError
-from engine.tuning import FAILED, NO_MEMORY, RAN, SURVIVE, Search, Trial
+from engine.tuning import FAILED, FIRST, NO_MEMORY, RAN, SURVIVE, Search, Trial
 from engine.tuning_space import PHASES, Axis, Space
 from tests import checkpoints
 
@@ -80,8 +80,10 @@ def test_few_trials_find_the_best_of_many(interplay, within_5_percent):
 
 def test_the_first_trials_say_something_of_every_value_with_as_few_as_can_be():
     costs = MadeUp(0, 0.0)
-    Search(AXES, dict.fromkeys(POINTS, 1), OWN, costs.measure).fastest()
+    search = Search(AXES, dict.fromkeys(POINTS, 1), OWN, costs.measure)
     # 1 + 3 + 1 for what acts on all phases; then as many as training needs: 3 for tokens, 1 for checkpointing.
+    assert search.expected_trials() == 9 + FIRST + SURVIVE
+    search.fastest()
     first = [point for point, _ in costs.made[:9]]
     assert first[0] == OWN and {point[3] for point in first} == {0, 1, 2, 3}
     assert {point[2] for point in first} == {0, 1, 2}, "generation's values are tried in the trials of training's"
