@@ -31,6 +31,12 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def leave() -> None:
+    """Take down the process group, at the end of all work: its threads could outlive what they stand on."""
+    if is_distributed():
+        dist.destroy_process_group()
+
+
 def rank() -> int:
     """This process's index among all ranks; 0 in a plain process."""
     return dist.get_rank() if is_distributed() else int(os.environ.get("RANK", 0))

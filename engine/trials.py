@@ -187,7 +187,9 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def _reason(log: str) -> str:
-    """The line of a log that says most."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    errors = [line for line in lines if re.search(r"error|Error|out of memory|return code", line)]
-    return (errors or lines or ["it said nothing"])[-1][:300]
+    """The line of a log that says most: our own, an exception's, or the last one."""
+    lines = [line.strip() for line in log.splitlines() if line.strip() and "sigkill_handler" not in line]
+    for wanted in (r"^error: ", r"^(\w+\.)*\w*(Error|Exception|Interrupt)\b", r"out of memory"):
+        if found := [line for line in lines if re.search(wanted, line)]:
+            return found[-1][:300]
+    return (lines or ["it said nothing"])[-1][:300]

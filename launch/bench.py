@@ -29,7 +29,9 @@ def main() -> None:
         options, overrides = _arguments(workloads.WORKLOADS)
         recipe = _recipe(options.workload, workloads.recipe_of(options.workload, options.assets), overrides)
         result = benchmark.run(options.workload, recipe, options.assets)
-        if dist.rank() != 0:
+        first = dist.rank() == 0
+        dist.leave()
+        if not first:
             return
         result["command"] = shlex.join(["launch/bench.py", options.workload, *overrides])
         folder = Path(result["folder"])

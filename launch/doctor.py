@@ -25,6 +25,7 @@ def main() -> None:
                 verdict = "ok" if one.problem is None else "FAILED"
                 print(f"{one.name:21} {verdict:6} {one.seconds:6.2f} s  {one.measured}", flush=True)
         findings.refuse(found)  # exit status 2
+        dist.leave()
 
 
 if __name__ == "__main__":

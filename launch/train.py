@@ -19,8 +19,10 @@ def main() -> None:
 
         set_up_logging()
         with quiet_imports():
+            from engine import dist
             from engine.trainer import train
         train(recipe)
+        dist.leave()
 
 
 if __name__ == "__main__":

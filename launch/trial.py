@@ -18,8 +18,9 @@ def main() -> None:
 
         set_up_logging()
         with quiet_imports():
-            from engine import trial
+            from engine import dist, trial
         trial.run(load_recipe(recipe), Path(record))
+        dist.leave()
 
 
 if __name__ == "__main__":

@@ -101,3 +101,16 @@ def test_what_one_change_does_not_mend(plan):
 def test_bad_input_is_a_message(plan, options, said):
     found = plan(*options)
     assert found.returncode == 2 and said in found.stderr, found.stderr
+
+
+def test_a_host_has_an_end_too(plan):
+    """Offloaded shards of 141 GB and their masters lie in the memory of one host, or of two."""
+    options = ["--gpus", "8", "--gpu-memory", "80GB", "--zero.ds_config", "ds_configs/zero3_cpu_offload.json"]
+    found = plan(*options, "--cpu-memory", "180GB")
+    assert found.returncode == 0, found.stderr
+    found = plan(*options, "--cpu-memory", "90GB")
+    assert found.returncode == 2
+    assert "in host memory a rank needs" in found.stderr and "its share of --cpu-memory is 11.2 GB" in found.stderr
+    found = plan(*options, "--cpu-memory", "90GB", "--nodes", "2")
+    assert found.returncode == 0, found.stderr
+    assert "must divide the 8 of --gpus" in plan(*options, "--nodes", "3").stderr

@@ -192,6 +192,15 @@ def test_offload_is_no_saving_on_a_cpu_and_one_on_cuda():
     assert tuning_space.needless(space, [(0,), (1,)], on_cuda=False) == set()
 
 
+def test_why_a_trial_failed():
+    log = "a\nTraceback (most recent call last):\ntorch.OutOfMemoryError: no room\n[ERROR] sigkill_handler [x]\n"
+    assert trials._reason(log) == "torch.OutOfMemoryError: no room" and trials.WITHOUT_MEMORY.search(log)
+    assert trials._reason("error: this trial stopped: nan\n  File x\n") == "error: this trial stopped: nan"
+    assert (
+        not trials.WITHOUT_MEMORY.search("error: this trial stopped: nan") and trials._reason("") == "it said nothing"
+    )
+
+
 def test_default_axes_hold_the_recipe_itself_and_can_all_be_read():
     for on_cuda in (False, True):
         space = Space(Recipe(), tuning_space.default_axes(Recipe(), 2, on_cuda))
@@ -211,7 +220,7 @@ import os, sys, yaml
 
 def score(prompts, responses, **columns):
     \"\"\"At ZeRO stage 2 this process ends as one that the system took the memory of.\"\"\"
-    recipe = yaml.safe_load(open(sys.argv[1]))
+    recipe = yaml.safe_load(open(next(word for word in sys.argv if word.endswith(".yaml"))))
     if '"stage": 2' in open(recipe["zero"]["ds_config"]).read():
         os.kill(os.getpid(), 9)
     return [float(len(response)) for response in responses]
