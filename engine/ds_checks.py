@@ -56,6 +56,8 @@ OWNED_KEYS = {
 # Of ZeRO++. DeepSpeed quantizes in a CUDA kernel alone, and says so with a traceback once the models are loaded.
 QUANTIZED = ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights")
 OFFLOADS = ("offload_optimizer", "offload_param")
+SIZES = ("_size", "_threshold", "_live_parameters", "_reuse_distance")
+"""How keys end that take a number of elements."""
 
 
 def check_ds_config(raw: dict) -> list[str]:
@@ -93,6 +95,9 @@ def _check_zero(zero: dict) -> Iterator[str]:
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         yield f"zero_optimization.stage must be 0, 1, 2 or 3, got {stage!r}; see ds_configs/README.md"
         return
+    for key in (key for key in zero if key.endswith(SIZES) and key != "zero_hpz_partition_size"):
+        if zero[key] != "auto" and (type(zero[key]) not in (int, float) or zero[key] < 0):
+            yield f'zero_optimization.{key} must be a number of elements, got {zero[key]!r}; write one, or "auto"'
     for key, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
         section = f"zero_optimization.{key}"
         lowest = 3 if to_nvme(zero) else lowest

@@ -24,7 +24,7 @@ from engine.shapes import Home, Weight
 logger = dist.get_logger(__name__)
 
 WEIGHTS, MASTERS, MOMENTS, GRADIENTS, BUCKETS = "weights", "masters", "moments", "gradients", "buckets"
-COPY, CACHE, LOGITS = "sampler's copy", "KV cache", "log-probs"
+QUANTIZATION, COPY, CACHE, LOGITS = "quantization", "sampler's copy", "KV cache", "log-probs"
 ACTIVATIONS, GATHERED = "activations", "gathered weights"
 DEFAULT_LIMIT = 10**9
 """DeepSpeed's, in elements: how many are fetched ahead at most, and within how many weights that come again stay."""
@@ -199,6 +199,8 @@ def gathered_bytes(
         zero = read_ds_config(recipe.zero.frozen_ds_config, frozen=True).get("zero_optimization", {})
     kept, rest = kept_and_rest(home, recipe, raw, ranks, on_cuda, room)
     itemsize = max((w.itemsize for w in rest), default=1)
+    if backward and recipe.model.quantization == "nf4" and not recipe.zero.activation_checkpointing:
+        return whole_bytes(kept) + whole_bytes(rest)  # bitsandbytes keeps them from forward to backward
     limits = ["max_live_parameters", *(["max_reuse_distance"] if backward else [])]  # fetched ahead; coming again soon
     in_use = sum(int(stage_3_value(zero, key, DEFAULT_LIMIT)) * itemsize for key in limits)
     in_use += _largest_layer(rest)
@@ -239,6 +241,12 @@ def state(home: Home, recipe: Recipe, raw: dict, ranks: int, on_cuda: bool) -> B
         ranks: that share the model.
         on_cuda: the devices are CUDA's.
     """
+    constants = Counter({QUANTIZATION: size} if (size := sum(w.constants for w in home.weights)) else {})
+    return _by_deepspeed(home, recipe, raw, ranks, on_cuda) + Bytes(constants)
+
+
+def _by_deepspeed(home: Home, recipe: Recipe, raw: dict, ranks: int, on_cuda: bool) -> Bytes:
+    """As `state`, but for what is none of DeepSpeed's."""
     if home.frozen_engine:
         config = frozen_ds_config(recipe, "cpu" if home.offloaded else "none", on_cuda=on_cuda)
         return _cut_weights(home, config["zero_optimization"], ranks)

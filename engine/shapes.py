@@ -43,6 +43,8 @@ class Weight:
     trains: bool = False
     layer: int | None = None
     """The decoder layer that it belongs to, counted from 0; None: embedding, last norm or head."""
+    constants: int = 0
+    """Bytes of what bitsandbytes multiplies a quantized one with: no parameter, whole on every rank."""
 
     @property
     def nbytes(self) -> int:
@@ -170,12 +172,19 @@ def _of_model(model: PreTrainedModel, recipe: Recipe, role: str, trains: bool, q
     itemsize, layer_of = models.DTYPES[recipe.model.dtype].itemsize, _layer_of(model)
     quantized = {id(layer.weight) for layer in _linears(model).values()} if quantization != "none" else set()
     for name, parameter in model.named_parameters():
-        elements, size = parameter.numel(), itemsize
+        elements, size, constants = parameter.numel(), itemsize, 0
         if id(parameter) in quantized and quantization == "int8":
-            size = 1
+            size, constants = 1, 4 * parameter.shape[0]  # a float32 for each row
         elif id(parameter) in quantized:  # two numbers a byte, kept as numbers of the base's type
+            constants = _nf4_constants(elements)
             elements = -(-elements // 2 // itemsize)
-        yield Weight(name, elements, size, role, trains, layer_of(name))
+        yield Weight(name, elements, size, role, trains, layer_of(name), constants)
+
+
+def _nf4_constants(elements: int) -> int:
+    """Of each 64 numbers a scale, in 8 bit; of each 256 scales one, in 32; two tables of values, and an offset."""
+    scales = -(-elements // 64)
+    return scales + 4 * -(-scales // 256) + 4 * (16 + 256 + 1)
 
 
 def _layer_of(model: PreTrainedModel) -> Callable[[str], int | None]:

@@ -66,16 +66,11 @@ def of_iteration(
     }
 
 
-def seconds(
-    recipe: Recipe, moved: dict[str, Moved], ranks: int, rates: Rates, copy_bytes: int
-) -> dict[str, tuple[float, float]]:
+def seconds(recipe: Recipe, moved: dict[str, Moved], ranks: int, rates: Rates) -> dict[str, tuple[float, float]]:
     """By phase, what computing takes and what the network takes; the first has to wait for much of the second.
 
     Useful FLOPs alone (`engine/flops.py`), one forward more where activations are checkpointed. A decoding step reads
-    all weights of the sampler's copy: the memory's speed bounds it where few sequences decode at once.
-
-    Args:
-        copy_bytes: those weights.
+    all of the actor's weights: the memory's speed bounds it where few sequences decode at once.
 
     Raises:
         AttributeError: a model's config lacks what a Llama-like decoder has.
@@ -88,7 +83,8 @@ def seconds(
     if recipe.zero.activation_checkpointing:
         again = sum(count for name, count in parts["training"].items() if name.endswith("forward"))
         computing["training"] += again / ranks / rates.flops_per_second
-    reading = decoding_steps(recipe, ranks) * copy_bytes / rates.memory_bytes_per_second
+    actor = planner.whole_bytes(w for w in shapes.homes(recipe)[0].weights if w.role in (shapes.BASE, shapes.ACTOR))
+    reading = decoding_steps(recipe, ranks) * actor / rates.memory_bytes_per_second
     computing["generation"] = max(computing["generation"], reading)
     return {
         phase: (computing[phase], (of.gathered + of.reduced) / rates.network_bytes_per_second)

@@ -31,7 +31,7 @@ def main() -> None:
         raw = read_ds_config(recipe.zero.ds_config)
         asked = (recipe, raw, options.gpus, not options.on_cpu, options.gpu_memory)
         found, moved = planner.phases(*asked), volume.of_iteration(*asked)
-        times = _seconds(options, recipe, found, moved)
+        times = _seconds(options, recipe, moved)
         try:
             if options.json:
                 options.json.write_text(json.dumps(plan_report.as_json(found, moved, times), indent=2) + "\n")
@@ -60,16 +60,15 @@ def _too_much(found: dict, over: dict[str, tuple[int, int]]) -> str:
     )
 
 
-def _seconds(options: Namespace, recipe, found: dict, moved: dict) -> dict | None:
+def _seconds(options: Namespace, recipe, moved: dict) -> dict | None:
     """By phase, where all rates were given."""
-    from engine import planner, shapes, volume
+    from engine import volume
 
     rates = (options.flops, options.network, options.memory_speed)
     if None in rates:
         return None
-    copy = sum(found["generation"][shapes.SHARED].device[part] for part in (planner.WEIGHTS, planner.COPY))
     try:
-        return volume.seconds(recipe, moved, options.gpus, volume.Rates(*rates), copy)
+        return volume.seconds(recipe, moved, options.gpus, volume.Rates(*rates))
     except AttributeError as error:
         raise RecipeError(f"--flops is for models that are built as Llama is, got one that isn't: {error}") from error
 

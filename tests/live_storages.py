@@ -36,8 +36,19 @@ def held(engine) -> dict[str, int]:
         "buckets": list(_buckets(optimizer)),  # gradients can be views of them
         "gradients": [*_gradients(parameters, optimizer), *(p.grad for p in _masters(engine) if p.grad is not None)],
     }
+    parts["quantization"] = list(_constants(module))
     seen: set[int] = set()
     return {part: fresh_bytes(tensors, seen) for part, tensors in parts.items()}
+
+
+def _constants(module: nn.Module) -> Iterable[Tensor]:
+    """What bitsandbytes keeps beside weights: nf4's states, and those that scale their scales; int8's rows."""
+    states = [p.quant_state for p in module.parameters() if getattr(p, "quant_state", None) is not None]
+    for state in (*states, *(state.state2 for state in states if state.nested)):
+        yield from (x for x in (state.absmax, state.code, state.offset) if torch.is_tensor(x))
+    for part in module.modules():  # from the first forward on
+        rows = getattr(getattr(part, "state", None), "SCB", None)
+        yield from [] if rows is None else [rows]
 
 
 def _masters(engine) -> list[Tensor]:

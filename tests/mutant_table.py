@@ -2236,6 +2236,14 @@ MUTANTS += [
         "test_plan.py::test_what_one_change_does_not_mend",
     ),
     ranks(
+        "plan-scales-unscaled",
+        "shapes",
+        "return scales + 4 * -(-scales // 256) + 4 * (16 + 256 + 1)",
+        "return scales",
+        "what scales the scales of an nf4 base is not counted",
+        "test_planner.py::test_a_quantized_base_to_the_byte",
+    ),
+    ranks(
         "plan-cache-without-room-to-move",
         "planner",
         " + (BLOCK if rows < sequences else 0)",

@@ -47,9 +47,10 @@ SEPARATE = {"critic": {"home": "model"}, "reference": {"home": "model"}}
 def recipe(folder: Path, **sections) -> Recipe:
     positions = {"max_prompt_tokens": 1024, "prompts_per_iteration": 512}
     critic = {"lora": {"rank": 16}, **sections.pop("critic", {})}
+    model = {"path": str(folder), "dtype": "bfloat16", **sections.pop("model", {})}
     return Recipe.model_validate(
         {
-            "model": {"path": str(folder), "dtype": "bfloat16"},
+            "model": model,
             "actor": {"lora": {"rank": 16}},
             "critic": critic,
             "rewards": [{"model": str(folder)}],

@@ -11,7 +11,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from engine import planner, shapes, volume
+from engine import planner, volume
 from engine.command_line import load_recipe
 from engine.config import Recipe
 from engine.ds_config import read_ds_config
@@ -23,15 +23,21 @@ RANKS, GPUS = [1, 2, 4, 8], [8, 64, 512]
 RATES = volume.Rates(flops_per_second=4e14, network_bytes_per_second=50e9, memory_bytes_per_second=2.5e12)
 SEQUENCES = 64
 """Of each GPU in an iteration, in four optimizer steps."""
+NF4 = {"model": {"quantization": "nf4"}}
+
+
+def at_once(sequences: int) -> dict:
+    return {"generation": {"max_concurrent_sequences": sequences, "max_new_tokens": 1024}}
+
+
 VARIANTS = {
-    "micro-batches of 2": {},
-    "micro-batches of 8": {"ppo": {"micro_batch_sequences": 8}},
-    "micro-batches of 8, critic: trunk": {"ppo": {"micro_batch_sequences": 8}, "critic": {"home": "trunk"}},
-    "micro-batches of 8, critic: trunk, old log-probs of the sampler": {
-        "ppo": {"micro_batch_sequences": 8, "old_logprobs": "rollout"},
-        "critic": {"home": "trunk"},
-    },
+    "70B": ("70B", {}),
+    "70B, 64 at once": ("70B", at_once(64)),
+    "70B in nf4, 32 at once": ("70B", at_once(32) | NF4),
+    "the same, critic: trunk": ("70B", at_once(32) | NF4 | {"critic": {"home": "trunk"}}),
+    "7B, 64 at once": ("7B", at_once(64)),
 }
+"""Model, and what differs from 16 sequences at once, micro-batches of 2 and a critic of an adapter."""
 
 
 def measured(stages: list[str], folder: Path) -> None:
@@ -56,23 +62,22 @@ def measured(stages: list[str], folder: Path) -> None:
 
 
 def on_paper(folder: Path) -> None:
-    MODELS["70B"].save_pretrained(folder)
     phases = ("generation", "inference", "training")
     print("| | GPUs | held, GB | received, GB | computing / network, s: generation | inference | training |")
     print("|---|---|---|---|---|---|---|")
-    for name, sections in VARIANTS.items():
+    for name, (model, sections) in VARIANTS.items():
+        MODELS[model].save_pretrained(folder / model)
         for gpus in GPUS:
             sizes = {"prompts_per_iteration": SEQUENCES * gpus, "max_prompt_tokens": 1024}
             ppo = {"epochs": 1, "minibatch_sequences": SEQUENCES * gpus // 4, "micro_batch_sequences": 2}
-            settings = recipe(folder, **sections | {"ppo": ppo | sections.get("ppo", {}), "data": sizes})
+            settings = recipe(folder / model, **sections | {"ppo": ppo, "data": sizes})
             print(f"| {name} | {gpus} | {' | '.join(_on(settings, gpus, phases))} |", flush=True)
 
 
 def _on(settings: Recipe, gpus: int, phases: tuple[str, ...]) -> list[str]:
     asked = (settings, read_ds_config(settings.zero.ds_config), gpus, True, 80 * 10**9)
     held, moved = planner.phases(*asked), volume.of_iteration(*asked)
-    copy = sum(held["generation"][shapes.SHARED].device[part] for part in (planner.WEIGHTS, planner.COPY))
-    times = volume.seconds(settings, moved, gpus, RATES, copy)
+    times = volume.seconds(settings, moved, gpus, RATES)
     received = sum(of.gathered + of.reduced for of in moved.values())
     return [
         f"{most(held, 'device') / 1e9:.0f}",

@@ -183,6 +183,7 @@ def test_missing_file(tmp_path):
         ({"hybrid_engine": {"enabled": True}}, ["hybrid_engine"]),
         ({"zero_optimization": True}, ["zero_optimization must be an object"]),
         ({"zero_optimization": {"stage": 4}}, ["0, 1, 2 or 3", "got 4"]),
+        ({"zero_optimization": {"reduce_bucket_size": "1e9"}}, ["must be a number of elements", "got '1e9'"]),
         (
             {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
             ["offload_param", "stage 3", "got 2"],

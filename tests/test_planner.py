@@ -33,9 +33,10 @@ STAGES = ["zero0", "zero1", "zero2", "zero3", "all sharded", "zero3_cpu_optimize
 
 
 def folder_of(path: Path, kind: str = "policy") -> str:
-    torch.manual_seed(0)
-    made = tiny.LlamaForCausalLM if kind == "policy" else tiny.LlamaForSequenceClassification
-    made(tiny.config(**ODD, **({} if kind == "policy" else {"num_labels": 1}))).save_pretrained(path / kind)
+    if not (path / kind).exists():  # saved by the test before its ranks read it
+        torch.manual_seed(0)
+        made = tiny.LlamaForCausalLM if kind == "policy" else tiny.LlamaForSequenceClassification
+        made(tiny.config(**ODD, **({} if kind == "policy" else {"num_labels": 1}))).save_pretrained(path / kind)
     return str(path / kind)
 
 
@@ -62,7 +63,10 @@ def engine_of(path: str, stage: str, dtype: str, rank: int, changes: dict):
         torch.manual_seed(seed)
         return model.to(kind).requires_grad_(False)
 
-    base = made(tiny.LlamaForCausalLM(tiny.config(**ODD)), 0)
+    if settings.model.quantization == "none":
+        base = made(tiny.LlamaForCausalLM(tiny.config(**ODD)), 0)
+    else:
+        base = models.load_causal(settings.model)
     own = reference = None
     if settings.critic.home == "model":
         own = ValueModel(
@@ -90,7 +94,11 @@ def measured(path: str, stage: str, dtype: str, rank: int, changes: dict) -> lis
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("home", HOMES)
 def test_model_state_to_the_byte(pool, tmp_path, home, stage, dtype):
-    rank, changes = 3, HOMES[home]
+    compare_state(pool, tmp_path, HOMES[home], stage, dtype)
+
+
+def compare_state(pool, tmp_path, changes: dict, stage: str, dtype: str) -> None:
+    rank = 3
     settings = recipe_of(tmp_path, stage, dtype, rank, changes)
     raw = read_ds_config(settings.zero.ds_config)
     predicted = [planner.state(one, settings, raw, 2, on_cuda=False) for one in shapes.homes(settings)]
@@ -98,6 +106,23 @@ def test_model_state_to_the_byte(pool, tmp_path, home, stage, dtype):
     for one, *reals in zip(predicted, *ranks, strict=True):
         expected, parts = one.device + one.host, reals[0]
         assert {part: expected[part] for part in parts} == {part: max(real[part] for real in reals) for part in parts}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("quantization", "home", "stage"),
+    [
+        *(
+            ("nf4", home, stage)
+            for home in ("adapter", "trunk")
+            for stage in ("zero0", "zero2", "zero3", "all sharded")
+        ),
+        *(("int8", "adapter", stage) for stage in ("zero0", "zero2")),  # in shards it is refused
+    ],
+)
+def test_a_quantized_base_to_the_byte(pool, tmp_path, quantization, home, stage, dtype):
+    changes = HOMES[home] | {"model": {"quantization": quantization}}
+    compare_state(pool, tmp_path, changes, stage, dtype)
 
 
 def measured_with_second_shards(*arguments) -> list[dict]:
