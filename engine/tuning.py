@@ -13,11 +13,14 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
+from engine.errors import RunError
 from engine.tuning_space import PHASES, Axis, Point
 
 FIRST, SURVIVE = 9, 3
 """So many of the combinations that should be fastest are measured, and each round keeps one of so many."""
 RAN, NO_MEMORY, FAILED = "ran", "out of memory", "failed"
+GIVE_UP = 3
+"""After so many trials that failed, and none that ran, it isn't the settings."""
 SHORTEST_SECONDS = 1e-3
 """Of a phase, for its logarithm."""
 
@@ -70,7 +73,11 @@ class Search:
     """The longest of each combination."""
 
     def fastest(self) -> Trial | None:
-        """Run the search; None: nothing ran."""
+        """Run the search; None: nothing ran.
+
+        Raises:
+            RunError: the first trials failed, and not for lack of memory.
+        """
         while (point := self._most_telling()) is not None:
             self._try(point, self.iterations)
         for size, iterations in ((FIRST, self.iterations), (SURVIVE, SURVIVE * self.iterations)):
@@ -95,6 +102,8 @@ class Search:
 
     def _try(self, point: Point, iterations: int) -> None:
         trial = self.trials[point] = self.measure(point, iterations)
+        if [one.status for one in self.trials.values()] == [FAILED] * GIVE_UP:
+            raise RunError(f"the first {GIVE_UP} trials failed, the last one so: {trial.said}")
         if trial.status == NO_MEMORY:  # a device holds less than the plan counts on
             least = self.planned[point]
             self.planned = {p: size for p, size in self.planned.items() if size < least or p in self.trials}

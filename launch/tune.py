@@ -18,7 +18,8 @@ def main() -> None:
         options, rest = _arguments()
         recipe = parse(rest)
         check_world(recipe)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a trial that runs ends with the search
+        for number in (signal.SIGTERM, signal.SIGINT):  # a trial that runs ends with the search
+            signal.signal(number, lambda received, frame: sys.exit(128 + received))
         from engine.console import progress_bar, quiet_imports, set_up_logging
 
         set_up_logging()

@@ -17,7 +17,7 @@ import yaml
 from engine import candidates, planner, trials, tuning_space
 from engine.config import REPOSITORY, Recipe
 from engine.ds_config import read_ds_config
-from engine.errors import RecipeError
+from engine.errors import RecipeError, RunError
 from engine.tuning import FAILED, FIRST, NO_MEMORY, RAN, SURVIVE, Search, Trial
 from engine.tuning_space import PHASES, Axis, Space
 from tests import checkpoints
@@ -109,6 +109,10 @@ def test_a_setting_that_fails_is_not_proposed_and_its_axis_is_measured_elsewhere
     working = {point: seconds for point, seconds in costs.exact.items() if point not in broken}
     assert working[costs.point_of(winner)] < 1.05 * min(working.values())
     assert Search(AXES, dict.fromkeys(POINTS, 1), OWN, MadeUp(0, 0, lambda point: NO_MEMORY).measure).fastest() is None
+    costs = MadeUp(0, 0, lambda point: FAILED)
+    with pytest.raises(RunError, match="the first 3 trials failed"):
+        Search(AXES, dict.fromkeys(POINTS, 1), OWN, costs.measure).fastest()
+    assert len(costs.made) == 3
 
 
 def test_all_of_them_at_length_for_comparison():
