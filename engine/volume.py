@@ -52,9 +52,10 @@ def of_iteration(
         if home.frozen_engine:
             continue
         trained = planner.whole_bytes(w for w in home.weights if w.trains)
-        always_whole = trained - planner.whole_bytes(w for w in (*kept, *rest) if w.trains)  # put together again
         if stage:
-            once = planner.whole_bytes(kept) + always_whole  # a step cuts all weights
+            # Behind a step weights are put together again: those that train or, at stage 3, all that are always whole.
+            of_all = planner.whole_bytes(home.weights) - planner.whole_bytes([*kept, *rest])
+            once = planner.whole_bytes(kept) + (of_all if stage == 3 else trained)
             training += once + of_step * _fetched(rest, raw, _passes(home, recipe, backward=True))
         # An all-reduce passes twice; stages 0 and 1 make one for all that a step has added up, 2 one in each backward.
         reduced += trained * {2: 2 * of_step, 3: of_step}.get(stage, 2)

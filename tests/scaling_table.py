@@ -41,24 +41,22 @@ VARIANTS = {
 
 
 def measured(stages: list[str], folder: Path) -> None:
-    print("| stage | ranks | phase | predicted | received | other |\n|---|---|---|---|---|---|")
+    print("| stage | ranks | generation | inference | training |\n|---|---|---|---|---|")
     for stage in stages:
         for ranks in RANKS:
             run = folder / f"{stage}-{ranks}"
-            settings = load_recipe(
-                "launch/recipes/quickstart.yaml", {"zero": {"ds_config": f"ds_configs/{stage}.json"}}
-            )
+            zero = {"ds_config": f"ds_configs/{stage}.json"}
+            settings = load_recipe("launch/recipes/quickstart.yaml", {"zero": zero})
             options = ["--iterations", 3, "--evaluation.dataset", "null", "--output", run]
             done = launch("--zero.ds_config", settings.zero.ds_config, *options, ranks=ranks, timeout=1200)
             assert done.returncode == 0, done.stderr
             row = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-            raw = read_ds_config(settings.zero.ds_config)
+            raw, cells = read_ds_config(settings.zero.ds_config), [stage.removeprefix("zero"), str(ranks)]
             for phase, of in volume.of_iteration(settings, raw, ranks, on_cuda=False).items():
                 wanted = of.gathered + of.reduced
                 real = row[f"comm/{phase}_gathered_bytes"] + row[f"comm/{phase}_reduced_bytes"]
-                print(
-                    f"| {stage} | {ranks} | {phase} | {wanted:,.0f} | {real:,.0f} | {real - wanted:,.0f} |", flush=True
-                )
+                cells.append(f"{wanted:,.0f} + {real - wanted:,.0f}" if real else "0")
+            print("|", " | ".join(cells), "|", flush=True)
 
 
 def on_paper(folder: Path) -> None:

@@ -63,7 +63,7 @@ def received(path: str, stage: str, changes: dict) -> dict[str, dict[str, float]
     return found
 
 
-@pytest.mark.parametrize("stage", ["zero0", "zero1", "zero2", "all sharded"])
+@pytest.mark.parametrize("stage", ["zero0", "zero1", "zero2", "zero3", "all sharded"])
 @pytest.mark.parametrize("case", CASES)
 def test_an_iteration(pool, tmp_path, case, stage):
     """Within 5% of the model's own bytes: ranks exchange rows and counts besides."""
