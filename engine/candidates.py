@@ -1,8 +1,10 @@
-"""Which combinations of a search are worth a trial: those that can run, fit by plan, and aren't needlessly frugal."""
+"""Which combinations of a search can run, and fit by plan."""
 
 from __future__ import annotations
 
 from functools import cache
+
+from pydantic import ValidationError
 
 from engine import combinations, planner
 from engine.checks import check_files
@@ -10,44 +12,53 @@ from engine.config import Recipe
 from engine.ds_checks import machine_problems
 from engine.errors import RecipeError, problems_of
 from engine.plan_report import most
-from engine.tuning_space import Point, Space, changed, needless
+from engine.tuning_space import Point, Space, changed
 
 
-def candidates(
-    space: Space, ranks: int, on_cuda: bool, device_memory: int, needless_too: bool = False
-) -> dict[Point, int]:
-    """The bytes that a rank should need at most, by combination.
+def candidates(space: Space, ranks: int, on_cuda: bool, device_memory: int) -> dict[Point, int]:
+    """The bytes that a rank should need at most, by combination that fits.
 
     Args:
         device_memory: bytes of one device; what plans more is left out.
-        needless_too: keep what spares memory that there is.
 
     Raises:
-        RecipeError: the recipe itself can't run, a value goes with none of the others, or nothing fits.
+        RecipeError: a value goes with none of the others, and why; or nothing fits.
     """
-    runs = cache(lambda recipe_text: not problems_of(check_files, Recipe.model_validate_json(recipe_text)))
+    files = cache(lambda recipe_text: tuple(problems_of(check_files, Recipe.model_validate_json(recipe_text))))
     possible: dict[Point, int] = {}
+    why: dict[tuple[int, int], str] = {}
     for point in space.points():
         try:
             recipe, raw = changed(space.recipe, space.settings(point))
-        except ValueError:  # they contradict each other
-            continue
-        stage = raw.get("zero_optimization", {}).get("stage", 0)
-        if combinations.problems_at_stage(recipe, stage) or machine_problems(raw, on_cuda):
-            continue
-        if not runs(_of_models(recipe).model_dump_json()):
-            continue
-        possible[point] = most(planner.phases(recipe, raw, ranks, on_cuda, device_memory), "device")
-    _refuse_useless_values(space, possible)
+            problems = combinations.problems_at_stage(recipe, raw.get("zero_optimization", {}).get("stage", 0))
+            problems += machine_problems(raw, on_cuda) + list(files(_of_models(recipe).model_dump_json()))
+            if problems:
+                raise RecipeError(*problems)
+            possible[point] = most(planner.phases(recipe, raw, ranks, on_cuda, device_memory), "device")
+        except ValueError as error:  # they contradict each other, or what is there
+            for value in enumerate(point):
+                why.setdefault(value, _said(error))
+    useless = [
+        f"{axis.key} {value!r} goes with no other value of the search: {why.get((position, index), 'it has no use')}"
+        for position, axis in enumerate(space.axes)
+        for index, value in enumerate(axis.values)
+        if not any(point[position] == index for point in possible)
+    ]
+    if useless:
+        raise RecipeError(*(useless if possible else [next(iter(why.values()))]))
     fitting = {point: size for point, size in possible.items() if size <= device_memory}
     if not fitting:
-        least = f"; the least that is planned is {min(possible.values()) / 1e9:.1f} GB" if possible else ""
         raise RecipeError(
-            f"no combination of these values fits {device_memory / 1e9:.1f} GB for each rank{least}; see what "
-            "launch/plan.py says, or take more devices"
+            f"no combination of these values fits {device_memory / 1e9:.1f} GB for each rank, the least that is "
+            f"planned is {min(possible.values()) / 1e9:.1f} GB; see what launch/plan.py says, or take more devices"
         )
-    left_out = set() if needless_too else needless(space, fitting, on_cuda)
-    return {point: size for point, size in fitting.items() if point not in left_out}
+    return fitting
+
+
+def _said(error: ValueError) -> str:
+    if isinstance(error, ValidationError):
+        return "; ".join(f"{'.'.join(map(str, one['loc']))} {one['msg']}".strip() for one in error.errors())
+    return str(error)
 
 
 def _of_models(recipe: Recipe) -> Recipe:
@@ -56,14 +67,3 @@ def _of_models(recipe: Recipe) -> Recipe:
     tokens = recipe.longest_sequence if recipe.ppo.packing else None
     ppo = recipe.ppo.model_copy(update={"tokens_per_micro_batch": tokens, "micro_batch_sequences": 1})
     return recipe.model_copy(update={"generation": generation, "ppo": ppo, "output": None, "resume": None})
-
-
-def _refuse_useless_values(space: Space, possible: dict[Point, int]) -> None:
-    useless = [
-        f"{axis.key} {value!r} goes with no other value of the search; leave it out"
-        for position, axis in enumerate(space.axes)
-        for index, value in enumerate(axis.values)
-        if possible and not any(point[position] == index for point in possible)
-    ]
-    if useless:
-        raise RecipeError(*useless)

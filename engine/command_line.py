@@ -107,7 +107,7 @@ def load_recipe(path: str | Path, overrides: Mapping | None = None) -> Recipe:
     Raises:
         RecipeError: all that is wrong with it.
     """
-    values = _merge(_read_yaml(locate(path)), overrides or {})
+    values = _merge(read_yaml(locate(path)), overrides or {})
     if values.get("name") is None:
         values["name"] = re.sub(r"[^\w.-]", "-", Path(path).stem)
     try:
@@ -206,7 +206,12 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(path: Path) -> dict:
+def read_yaml(path: Path) -> dict:
+    """A file of keys and values, each key once; empty where the file is.
+
+    Raises:
+        RecipeError: it can't be read, or is none.
+    """
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except OSError as error:

@@ -82,7 +82,9 @@ def nearest(job: Job) -> Settings:
     needed is taken back.
     """
     kinds = [list(kind) for kind in _kinds(job.recipe)]
-    for settings in chain.from_iterable(kinds):
+    used = job.recipe.zero.ds_config
+    larger = SMALLER[: SMALLER.index(used)] if used in SMALLER else []  # where it is the host that has too little
+    for settings in (*chain.from_iterable(kinds), *({"zero.ds_config": file} for file in reversed(larger))):
         if _fits(job, settings):
             return settings
     farthest = [kind[-1] for kind in kinds if kind]

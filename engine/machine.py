@@ -78,5 +78,5 @@ def peak_rss_bytes() -> int:
 
 
 def peak_device_bytes(device: torch.device) -> int | None:
-    """Most that PyTorch's allocator has taken of a CUDA device since the last reset; None: a CPU."""
-    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
+    """Most bytes of tensors on a CUDA device since the last reset; None: a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

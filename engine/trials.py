@@ -28,8 +28,8 @@ from engine.tuning_space import PHASES, Point, Space, changed
 WARM_UP = 1
 """Iterations before the measured ones: DeepSpeed learns in them what to fetch ahead, allocators fill."""
 RECORD, RESULT, SEARCH = "measured.json", "trial.json", "search.json"
-WITHOUT_MEMORY = re.compile(r"out of memory|OutOfMemory|allocate memory|return code = -9", re.IGNORECASE)
-"""The last one: the system killed a rank."""
+WITHOUT_MEMORY = re.compile(r"out of memory|OutOfMemory|allocate memory", re.IGNORECASE)
+KILLED = "return code = -9"
 LONGEST_TIDYING_SECONDS = 40
 """DeepSpeed's launcher lets its ranks live so long after it is told to end, and 30 s are its own patience."""
 
@@ -42,19 +42,24 @@ def claim(folder: Path, recipe: Recipe, options: dict) -> None:
     """
     said = json.dumps({"recipe": recipe.model_dump(mode="json"), "options": options}, indent=2, default=str) + "\n"
     file, remedy = folder / SEARCH, "give another folder with --search"
-    if folder.exists() and not (folder.is_dir() and (file.exists() or not any(folder.iterdir()))):
-        raise RecipeError(f"--search: {folder} is no search's folder; {remedy}")
-    if file.exists() and file.read_text() != said:
-        raise RecipeError(
-            f"--search: {folder} holds a search of another recipe or with other options, see {file}; {remedy}"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    _LOCKS.append((folder / ".lock").open("w"))
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not file.exists() and any(one.name not in (".lock", f".{SEARCH}") for one in folder.iterdir()):
+            raise RecipeError(f"--search: {folder} is no search's folder; {remedy}")
+        _LOCKS.append((folder / ".lock").open("w"))
         fcntl.flock(_LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not file.exists():
+            (folder / f".{SEARCH}").write_text(said)
+            (folder / f".{SEARCH}").rename(file)
     except BlockingIOError:
         raise RecipeError(f"--search: another process searches in {folder}; wait for its end, or {remedy}") from None
-    file.write_text(said)
+    except OSError as error:
+        raise RecipeError(f"--search: can't write {folder} ({error.strerror}); {remedy}") from None
+    if file.read_text() != said:
+        raise RecipeError(
+            f"--search: {folder} holds a search of another recipe, with other options or other files, see {file}; "
+            + remedy
+        )
 
 
 _LOCKS = []
@@ -80,16 +85,19 @@ class Trials:
     by: str
     device_memory: int
     limit_seconds: float
+    on_cuda: bool = False
     hostfile: Path | None = None
     done: Callable[[Trial], None] = lambda trial: None
     made: list[Trial] = field(default_factory=list)
 
     def __post_init__(self):
         for folder in sorted(self.folder.glob("[0-9]*")):
-            if (folder / RESULT).exists():
-                self.made.append(Trial(**json.loads((folder / RESULT).read_text())))
-            else:  # the search was broken off in it
+            if not (folder / RESULT).exists():  # the search was broken off in it
                 shutil.rmtree(folder)
+                continue
+            trial = Trial(**json.loads((folder / RESULT).read_text()))
+            if trial.status != FAILED:  # what failed, for whatever reason, is tried again
+                self.made.append(trial)
 
     def measure(self, point: Point, iterations: int) -> Trial:
         """Try a combination, or find what came of it before."""
@@ -102,7 +110,8 @@ class Trials:
         return found[0]
 
     def _make(self, settings: dict[str, object], iterations: int) -> Trial:
-        folder = self.folder / f"{len(self.made) + 1:03d}"
+        number = max((int(folder.name) for folder in self.folder.glob("[0-9]*")), default=0) + 1
+        folder = self.folder / f"{number:03d}"
         folder.mkdir(parents=True)
         recipe, raw = changed(self.space.recipe, settings)
         ds_config = folder / "ds_config.json"
@@ -126,23 +135,35 @@ class Trials:
         environment = launchers.without_ranks(os.environ)
         # The launcher starts its ranks with the python3 that comes first.
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
+        process = None
         with (folder / "log.txt").open("w") as log:
-            process = subprocess.Popen(
-                command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-            )
             try:
+                process = subprocess.Popen(
+                    command,
+                    env=environment,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    pass_fds=[lock.fileno() for lock in _LOCKS],  # as long as a trial lives, nobody searches here
+                )
                 status = process.wait(self.limit_seconds)
             except subprocess.TimeoutExpired:
                 return FAILED, f"took longer than {self.limit_seconds:.0f} s"
             finally:
-                _end(process)
+                if process is not None:
+                    _end(process)
         if status == 0 and (folder / RECORD).exists():
             return RAN, ""
         text = (folder / "log.txt").read_text(errors="replace")
+        if KILLED in text:  # by the system, for host memory: on a CPU that is what the plan is of
+            return (FAILED if self.on_cuda else NO_MEMORY), "the system killed a rank"
         return (NO_MEMORY if WITHOUT_MEMORY.search(text) else FAILED), _reason(text)
 
     def _read(self, trial: Trial, record: dict) -> Trial:
         """A trial with what its ranks measured."""
+        if record["ranks"] != self.ranks:
+            said = f"{record['ranks']} ranks were started, and --gpus is {self.ranks}; give the hosts so many slots"
+            return replace(trial, status=FAILED, said=said)
         timed = record["iterations"][WARM_UP:]
         seconds = {
             phase: statistics.median(statistics.mean(one[f"{self.by}_seconds"][phase]) for one in timed)
@@ -165,6 +186,7 @@ def _for_trial(recipe: Recipe, ds_config: Path, run: Path, iterations: int) -> R
     values["zero"]["ds_config"] = str(ds_config)
     values["evaluation"] = {}
     values["critic"]["warmup_iterations"] = 0
+    values["checkpoint"]["mid_phase"] = False
     values["failures"]["on_divergence"] = "stop"
     return Recipe.model_validate(values)
 
@@ -176,14 +198,16 @@ def _free_port() -> int:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Of a launcher and its ranks nothing is left, however this is called."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(LONGEST_TIDYING_SECONDS)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    """Of a launcher and its ranks nothing is left, even if a second signal comes meanwhile."""
+    try:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(LONGEST_TIDYING_SECONDS)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _reason(log: str) -> str:

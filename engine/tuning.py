@@ -8,6 +8,7 @@ the best show, by successive halving (Jamieson and Talwalkar 2016, "Non-stochast
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -58,8 +59,8 @@ class Search:
     """One search.
 
     Args:
-        planned: candidates, each with the bytes that a rank should need.
-        own: where the search begins, the recipe itself, if it is among the candidates.
+        planned: combinations that fit, each with the bytes that a rank should need.
+        own: where the search begins, the recipe itself, if it fits.
         measure: tries a combination for so many iterations.
         iterations: measured ones of a short trial; the last round's are SURVIVE times as long.
     """
@@ -69,6 +70,8 @@ class Search:
     own: Point
     measure: Measure
     iterations: int = 2
+    instead: dict[Point, set[Point]] = field(default_factory=dict)
+    """For what spares memory, the same without that: as long as one of them can run, it isn't tried."""
     trials: dict[Point, Trial] = field(default_factory=dict)
     """The longest of each combination."""
 
@@ -98,19 +101,32 @@ class Search:
         known: list[Point] = []
         while (point := self._most_telling(known)) is not None:
             known.append(point)
-        return len(known) + min(FIRST, len(self.planned) - len(known)) + min(SURVIVE, len(self.planned))
+        candidates = len(self.candidates())
+        return len(known) + min(FIRST, candidates - len(known)) + min(SURVIVE, candidates)
 
     def _try(self, point: Point, iterations: int) -> None:
         trial = self.trials[point] = self.measure(point, iterations)
         if [one.status for one in self.trials.values()] == [FAILED] * GIVE_UP:
-            raise RunError(f"the first {GIVE_UP} trials failed, the last one so: {trial.said}")
+            raise RunError(
+                f"the first {GIVE_UP} trials failed, the last one so: {trial.said}; mend that and start again"
+            )
         if trial.status == NO_MEMORY:  # a device holds less than the plan counts on
             least = self.planned[point]
             self.planned = {p: size for p, size in self.planned.items() if size < least or p in self.trials}
 
-    def _candidates(self) -> list[Point]:
+    def candidates(self) -> list[Point]:
         """Those that may still win: of those that were tried, those that ran."""
-        return [p for p in self.planned if p not in self.trials or self.trials[p].status == RAN]
+        hopeless = self._hopeless()
+        alive = {p for p in self.planned if p not in self.trials or self.trials[p].status == RAN}
+        alive = {p for p in alive if p in self.trials or not hopeless & set(enumerate(p))}
+        needless = {p for p in alive if p != self.own and self.instead.get(p, set()) & alive}
+        return [p for p in self.planned if p in alive - needless]
+
+    def _hopeless(self) -> set[tuple[int, int]]:
+        """Values, by axis and index, that never ran and failed more than once: in company with which is no matter."""
+        counts = Counter(value for p, t in self.trials.items() if t.status != RAN for value in enumerate(p))
+        ran = {value for point in self._ran() for value in enumerate(point)}
+        return {value for value, count in counts.items() if count > 1 and value not in ran}
 
     def _most_telling(self, known: list[Point] | None = None) -> Point | None:
         """The combination that says something new of most phases, as near to the recipe as can be; None: nothing new.
@@ -119,7 +135,7 @@ class Search:
             known: those that were measured; None: those that ran.
         """
         known = list(self._ran()) if known is None else known
-        candidates = self._candidates()
+        candidates = self.candidates()
         if not candidates:
             return None
         news = np.zeros(len(candidates))
@@ -134,7 +150,7 @@ class Search:
 
     def _next(self, size: int, iterations: int) -> Point | None:
         """Of so many candidates with the least time, measured or else predicted, one that wasn't tried so long yet."""
-        candidates, ran = self._candidates(), self._ran()
+        candidates, ran = self.candidates(), self._ran()
         times = dict(zip(candidates, predict(self.axes, ran, candidates), strict=True)) if ran else {}
         times |= {point: trial.iteration_seconds for point, trial in ran.items()}
         best = sorted(candidates, key=lambda point: times.get(point, 0.0))[:size]

@@ -10,12 +10,12 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
-import yaml
-
+from engine.command_line import read_yaml
 from engine.config import Recipe
-from engine.ds_checks import check_ds_config
+from engine.ds_checks import QUANTIZED, check_ds_config
 from engine.ds_config import read_ds_config
 from engine.errors import RecipeError
 from engine.fitting import SMALLER
@@ -23,7 +23,7 @@ from engine.fitting import SMALLER
 GENERATION, INFERENCE, TRAINING = PHASES = ("generation", "inference", "training")
 PHASES_OF = {
     "zero.ds_config": PHASES,
-    "zero.frozen_ds_config": (INFERENCE,),
+    "zero.frozen_ds_config": (INFERENCE, TRAINING),
     "zero.keep_gathered_bytes": PHASES,
     "zero.activation_checkpointing": (TRAINING,),
     "zero.offload_activations": (TRAINING,),
@@ -41,6 +41,13 @@ PHASES_OF = {
 """The recipe's settings that change speed and memory, never the result, and the phases whose time depends on each."""
 DS_SECTION = "zero_optimization."
 """Keys of the DeepSpeed configuration begin so; they act on every phase."""
+KNOBS = (
+    *("reduce_bucket_size", "allgather_bucket_size", "overlap_comm", "contiguous_gradients", "reduce_scatter"),
+    *("round_robin_gradients", "zero_hpz_partition_size", "stage3_prefetch_bucket_size", "stage3_max_live_parameters"),
+    *("stage3_param_persistence_threshold", "stage3_max_reuse_distance", "stage3_module_granularity_threshold"),
+    *QUANTIZED,
+)
+"""Those that may be turned. Quantized traffic rounds what travels: it is tried where somebody names it."""
 REWARDS = "rewards.offload_param"
 """Of every reward that has a model."""
 SLOWER = {
@@ -55,6 +62,7 @@ SLOWER = {
 SLOWER_ON_CUDA = {"zero.ds_config": SMALLER}
 """On a CPU DeepSpeed's offloaded optimizer is another one, not a farther one."""
 MOST_COMBINATIONS = 20_000
+SCALARS = (str, int, float, bool, type(None))
 
 
 @dataclass(frozen=True)
@@ -81,9 +89,9 @@ class Space:
     axes: tuple[Axis, ...]
 
     def __post_init__(self):
-        if self.size > MOST_COMBINATIONS:
+        if self.size > MOST_COMBINATIONS and len([*islice(self.points(), MOST_COMBINATIONS + 1)]) > MOST_COMBINATIONS:
             raise RecipeError(
-                f"a search takes at most {MOST_COMBINATIONS} combinations, got {self.size}; name fewer values in --axes"
+                f"a search takes at most {MOST_COMBINATIONS} combinations, got more; name fewer values with --axes"
             )
 
     @property
@@ -121,7 +129,8 @@ def value_of(recipe: Recipe, key: str):
         section = read_ds_config(recipe.zero.ds_config).get("zero_optimization", {})
         return section.get(key.removeprefix(DS_SECTION), "auto")
     if key == REWARDS:
-        return next((reward.offload_param for reward in recipe.rewards if reward.model), "none")
+        places = {reward.offload_param for reward in recipe.rewards if reward.model}
+        return places.pop() if len(places) == 1 else None
     section, name = key.split(".")
     return getattr(getattr(recipe, section), name)
 
@@ -159,19 +168,19 @@ def changed(recipe: Recipe, settings: dict[str, object]) -> tuple[Recipe, dict]:
     return other, raw
 
 
-def needless(space: Space, fitting: Iterable[Point], on_cuda: bool) -> set[Point]:
-    """Those that differ from another one that fits in sparing memory, and in nothing else."""
+def needless(space: Space, fitting: Iterable[Point], on_cuda: bool) -> dict[Point, set[Point]]:
+    """For those that differ from others that fit in sparing memory, and in nothing else, these others."""
     fitting = set(fitting)
     orders = SLOWER | (SLOWER_ON_CUDA if on_cuda else {})
-    found = set()
+    found: dict[Point, set[Point]] = {}
     for position, axis in enumerate(space.axes):
         order = orders.get(axis.key, [])
         for point in fitting:
             value = axis.values[point[position]]
             faster = order[: order.index(value)] if value in order else []
             others = (axis.values.index(one) for one in faster if one in axis.values)
-            if any((*point[:position], index, *point[position + 1 :]) in fitting for index in others):
-                found.add(point)
+            if twins := {(*point[:position], index, *point[position + 1 :]) for index in others} & fitting:
+                found.setdefault(point, set()).update(twins)
     return found
 
 
@@ -192,7 +201,7 @@ def default_axes(recipe: Recipe, ranks: int, on_cuda: bool) -> tuple[Axis, ...]:
     }
     if recipe.reference_home == "model":
         wanted["reference.offload_param"] = ["none", "cpu"]
-    if any(reward.model for reward in recipe.rewards):
+    if value_of(recipe, REWARDS) is not None:
         wanted[REWARDS] = ["none", "cpu"]
     if not on_cuda:  # what only spares a device's memory
         wanted = {key: values for key, values in wanted.items() if not key.endswith("offload_param")}
@@ -204,7 +213,8 @@ def axes_of(recipe: Recipe, wanted: dict[str, list]) -> tuple[Axis, ...]:
     found = []
     for key, values in wanted.items():
         different = [value_of(recipe, key)]
-        different += [value for value in dict.fromkeys(values) if value not in different]
+        for value in values:
+            different += [value] * (value not in different)
         if len(different) > 1:
             found.append(Axis(key, tuple(different)))
     return tuple(found)
@@ -216,27 +226,28 @@ def read_axes(recipe: Recipe, path: Path) -> tuple[Axis, ...]:
     Raises:
         RecipeError: all that is wrong with it.
     """
-    try:
-        wanted = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise RecipeError(
-            f"--axes: can't read {path} ({error}); name a YAML file of keys and lists of values"
-        ) from None
-    if not isinstance(wanted, dict) or not wanted:
-        raise RecipeError(f"{path}: takes keys and lists of values, got {wanted!r}; see docs/tuning.md")
-    problems = []
-    for key, values in wanted.items():
-        if key not in PHASES_OF and not str(key).startswith(DS_SECTION):
-            known = ", ".join(PHASES_OF)
-            problems.append(
-                f"{path}: {key} is not among the settings that leave the result as it is; name some of {known}, or "
-                f"{DS_SECTION}KEY of the DeepSpeed configuration"
-            )
-        elif not isinstance(values, list) or not values:
-            problems.append(f"{path}: {key} takes a list of values to try, got {values!r}; write [one, another]")
+    wanted = read_yaml(path)
+    problems = [f"{path}: {said}" for key, values in wanted.items() for said in _problems_of_axis(recipe, key, values)]
+    if not wanted:
+        problems.append(f"{path}: takes keys and lists of values, got nothing; see docs/tuning.md")
     if problems:
         raise RecipeError(*problems)
     axes = axes_of(recipe, wanted)
     if not axes:
         raise RecipeError(f"{path}: leaves no choice, every value is the recipe's own; name others")
     return axes
+
+
+def _problems_of_axis(recipe: Recipe, key: str, values) -> Iterator[str]:
+    knobs = [DS_SECTION + knob for knob in KNOBS]
+    if key not in PHASES_OF and key not in knobs:
+        yield (
+            f"{key} is not among the settings that leave the result as it is; name some of {', '.join(PHASES_OF)}, or "
+            f"{DS_SECTION}KEY with one of {', '.join(KNOBS)}"
+        )
+    elif not isinstance(values, list) or not values or not all(isinstance(one, SCALARS) for one in values):
+        yield f"{key} takes a list of values to try, got {values!r}; write [one, another]"
+    elif key.endswith("ds_config") and not all(isinstance(one, str) for one in values):
+        yield f"{key} takes names of files, got {values!r}; write some as those of ds_configs/"
+    elif key == REWARDS and value_of(recipe, key) is None:
+        yield f"{key} is for rewards that have models, all in one place, got others; leave it out"

@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.checkpoint_config import seconds_of
 from engine.checks import check_world
 from engine.command_line import byte_size, count, parse, readable_errors
+from engine.config import locate
 from engine.errors import RecipeError, RunError
 
 
@@ -18,18 +19,20 @@ def main() -> None:
         options, rest = _arguments()
         recipe = parse(rest)
         check_world(recipe)
-        for number in (signal.SIGTERM, signal.SIGINT):  # a trial that runs ends with the search
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # a trial that runs ends with the search
             signal.signal(number, lambda received, frame: sys.exit(128 + received))
         from engine.console import progress_bar, quiet_imports, set_up_logging
 
         set_up_logging()
         with quiet_imports():  # of hundreds of plans each would say what it can't count, too
-            from engine import tuning_report
+            from engine import tuning, tuning_report
 
             search, trials = _search(recipe, options)
-        combinations, total = len(search.planned), search.expected_trials()
+        combinations, total = len(search.candidates()), search.expected_trials()
         with progress_bar("trials", combinations if options.exhaustive else total) as advance:
-            trials.done = lambda trial: advance(f"{trial.iteration_seconds:.2f} s" if trial.seconds else trial.status)
+            trials.done = lambda one: advance(
+                f"{one.iteration_seconds:.2f} s" if one.status == tuning.RAN else one.status
+            )
             winner = search.exhaustive() if options.exhaustive else search.fastest()
         if winner is None:
             raise RunError(f"no trial ran; of the last one: {trials.made[-1].said}; see {trials.folder}")
@@ -53,13 +56,17 @@ def _search(recipe, options: Namespace) -> tuple:
     else:
         axes = tuning_space.default_axes(recipe, ranks, on_cuda)
     space = tuning_space.Space(recipe, axes)
-    planned = candidates.candidates(space, ranks, on_cuda, memory, needless_too=options.exhaustive)
+    planned = candidates.candidates(space, ranks, on_cuda, memory)
     said = {name: str(value) for name, value in vars(options).items() if name not in ("search", "trial_limit")}
-    trials.claim(options.search, recipe, said | {"axes": [[axis.key, *axis.values] for axis in axes]})
-    tries = trials.Trials(
-        space, options.search / "trials", ranks, options.by, memory, seconds_of(options.trial_limit), options.hostfile
-    )
-    return tuning.Search(axes, planned, space.own, tries.measure, options.trial_iterations), tries
+    files = {recipe.zero.ds_config, recipe.zero.frozen_ds_config}
+    files |= {file for axis in axes if axis.key.endswith("ds_config") for file in axis.values}
+    said["axes"] = [[axis.key, *axis.values] for axis in axes]
+    said["files"] = {file: locate(file).read_text() for file in sorted(files)}
+    trials.claim(options.search, recipe, said)
+    limit = seconds_of(options.trial_limit)
+    tries = trials.Trials(space, options.search / "trials", ranks, options.by, memory, limit, on_cuda, options.hostfile)
+    instead = {} if options.exhaustive else tuning_space.needless(space, planned, on_cuda)
+    return tuning.Search(axes, planned, space.own, tries.measure, options.trial_iterations, instead), tries
 
 
 def _arguments() -> tuple[Namespace, list[str]]:
@@ -85,6 +92,8 @@ def _arguments() -> tuple[Namespace, list[str]]:
     add("--trial-limit", default="30m", metavar="TIME", help="a trial that takes longer is a failed one (default: 30m)")
     add("--exhaustive", action="store_true", help="try everything that fits, for comparison")
     options, rest = parser.parse_known_args()
+    if options.hostfile and not options.hostfile.is_file():  # DeepSpeed would go on with this host alone
+        parser.error(f"--hostfile: {options.hostfile} is no file; name one with a line 'HOST slots=N' for each host")
     try:
         seconds_of(options.trial_limit)
     except ValueError as error:

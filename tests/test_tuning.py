@@ -115,6 +115,28 @@ def test_a_setting_that_fails_is_not_proposed_and_its_axis_is_measured_elsewhere
     assert len(costs.made) == 3
 
 
+def test_a_value_that_never_runs_is_given_up():
+    broken = {point for point in POINTS if point[0] == 1}
+    costs = MadeUp(5, 0.0, lambda point: FAILED if point in broken else None)
+    assert Search(AXES, dict.fromkeys(POINTS, 1), OWN, costs.measure).fastest() is not None
+    assert sum(point in broken for point, _ in costs.made) == 2
+
+
+def test_what_spares_memory_comes_into_play_when_the_faster_has_too_little():
+    """Checkpointing is needless by plan; without it the device gives up, whatever else is set."""
+    costs = MadeUp(2, 0.0, lambda point: NO_MEMORY if point[4] == 0 else None)
+    planned = {point: 100 if point[4] == 0 else 50 for point in POINTS}
+    instead = {point: {(*point[:4], 0)} for point in POINTS if point[4] == 1}
+    own = (0, 0, 0, 0, 1)
+    search = Search(AXES, planned, own, costs.measure, instead=instead)
+    assert set(search.candidates()) == {point for point in POINTS if point[4] == 0} | {own}
+    winner = search.fastest()
+    assert winner.settings["zero.activation_checkpointing"] is True
+    working = {point: seconds for point, seconds in costs.exact.items() if point[4] == 1}
+    assert working[costs.point_of(winner)] < 1.05 * min(working.values())
+    assert sum(point[4] == 0 for point, _ in costs.made) == 1
+
+
 def test_all_of_them_at_length_for_comparison():
     costs = MadeUp(1, 0.1)
     Search(AXES, dict.fromkeys(POINTS, 1), OWN, costs.measure).exhaustive()
@@ -134,12 +156,36 @@ def axes_file(folder, text: str):
 
 
 def test_only_what_leaves_the_result_as_it_is(tmp_path):
-    file = axes_file(tmp_path, "ppo.epochs: [1, 2]\nppo.packing: true\nzero.activation_checkpointing: [true]\n")
+    asked = {
+        "ppo.epochs: [1, 2]": "ppo.epochs is not among the settings that leave the result as it is",
+        "zero_optimization.stage: [1]": "zero_optimization.stage is not among the settings",
+        "ppo.packing: true": "ppo.packing takes a list of values to try, got True",
+        "ppo.micro_batch_sequences: [[1, 2]]": "takes a list of values to try, got [[1, 2]]",
+        "zero.ds_config: [3]": "zero.ds_config takes names of files, got [3]",
+        "zero.activation_checkpointing: [false, true]": None,
+    }
     with pytest.raises(RecipeError) as told:
-        tuning_space.read_axes(recipe(tmp_path), file)
-    assert len(told.value.problems) == 2
-    assert "ppo.epochs is not among the settings that leave the result as it is" in told.value.problems[0]
-    assert "ppo.packing takes a list of values to try, got True" in told.value.problems[1]
+        tuning_space.read_axes(recipe(tmp_path), axes_file(tmp_path, "\n".join(asked)))
+    wanted = [said for said in asked.values() if said]
+    assert len(told.value.problems) == len(wanted)
+    assert all(said in problem for said, problem in zip(wanted, told.value.problems, strict=True))
+    with pytest.raises(RecipeError, match="ppo.packing is given twice"):
+        tuning_space.read_axes(recipe(tmp_path), axes_file(tmp_path, "ppo.packing: [true]\nppo.packing: [false]\n"))
+
+
+def test_what_can_not_be_is_said_with_its_reason(tmp_path):
+    asked = recipe(tmp_path)
+
+    def problem(text: str, changed: Recipe = asked) -> str:
+        space = Space(changed, tuning_space.read_axes(changed, axes_file(tmp_path, text)))
+        with pytest.raises(RecipeError) as told:
+            candidates.candidates(space, 2, False, 10**9)
+        return str(told.value)
+
+    assert "'5e8' goes with no other value of the search: " in problem("zero_optimization.reduce_bucket_size: [5e8]")
+    assert "must be a number of elements, got '5e8'" in problem("zero_optimization.reduce_bucket_size: [5e8]")
+    missing = asked.model_copy(update={"data": asked.data.model_copy(update={"dataset": f"{tmp_path}/none.jsonl"})})
+    assert "none.jsonl" in problem("zero.activation_checkpointing: [true]", missing)
 
 
 def test_a_knob_without_use_is_not_turned(tmp_path):
@@ -180,10 +226,12 @@ def test_what_spares_memory_is_tried_where_there_is_none(tmp_path):
 
     sizes = {point: peak(point) for point in space.points()}
     assert sizes[0, 0] > sizes[1, 0] > sizes[1, 1] and sizes[0, 0] > sizes[0, 1]
-    assert candidates.candidates(space, 2, False, 10**9) == {p: sizes[p] for p in [(0, 0), (0, 1)]}
+    assert candidates.candidates(space, 2, False, 10**9) == sizes
+    assert tuning_space.needless(space, sizes, False) == {(1, 0): {(0, 0)}, (1, 1): {(0, 1)}}
     tight = max(sizes[0, 1], sizes[1, 0])
-    assert (1, 0) in candidates.candidates(space, 2, False, tight), "the large micro-batch fits checkpointed alone"
-    assert (0, 0) not in candidates.candidates(space, 2, False, tight, needless_too=True)
+    fitting = candidates.candidates(space, 2, False, tight)
+    assert set(fitting) == {(0, 1), (1, 0), (1, 1)}
+    assert tuning_space.needless(space, fitting, False) == {(1, 1): {(0, 1)}}, "a large micro-batch needs it now"
     with pytest.raises(RecipeError, match="no combination of these values fits"):
         candidates.candidates(space, 2, False, 10)
 
@@ -191,9 +239,9 @@ def test_what_spares_memory_is_tried_where_there_is_none(tmp_path):
 def test_offload_is_no_saving_on_a_cpu_and_one_on_cuda():
     axes = (Axis("zero.ds_config", ("ds_configs/zero3.json", "ds_configs/zero3_cpu_optimizer.json")),)
     space = Space(Recipe(), axes)
-    assert tuning_space.needless(space, [(0,), (1,)], on_cuda=True) == {(1,)}
-    assert tuning_space.needless(space, [(1,)], on_cuda=True) == set()
-    assert tuning_space.needless(space, [(0,), (1,)], on_cuda=False) == set()
+    assert tuning_space.needless(space, [(0,), (1,)], on_cuda=True) == {(1,): {(0,)}}
+    assert tuning_space.needless(space, [(1,)], on_cuda=True) == {}
+    assert tuning_space.needless(space, [(0,), (1,)], on_cuda=False) == {}
 
 
 def test_why_a_trial_failed():
@@ -268,4 +316,4 @@ def test_a_search_that_is_broken_off_goes_on_and_a_killed_trial_is_a_result(tmp_
     assert (folder / "trials.png").read_bytes().startswith(b"\x89PNG")
 
     other = subprocess.run([*command, "--gpus", "4"], capture_output=True, text=True, cwd=REPOSITORY, timeout=100)
-    assert other.returncode == 2 and "holds a search of another recipe or with other options" in other.stderr
+    assert other.returncode == 2 and "holds a search of another recipe, with other options or" in other.stderr
