@@ -11,20 +11,20 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
-from engine import activations, dist, models, shapes, vocabulary_head
+from engine import activations, dist, loading_bytes, models, shapes, vocabulary_head
 from engine.config import Recipe
 from engine.device_memory import kv_cache_bytes
 from engine.ds_checks import device_of, offloads, to_nvme
 from engine.ds_config import frozen_ds_config, read_ds_config, resolve_ds_config
 from engine.kv_cache import BLOCK
-from engine.shapes import Home, Weight
+from engine.loading_bytes import QUANTIZATION, WEIGHTS
+from engine.shapes import Bytes, Home, Weight
 
 logger = dist.get_logger(__name__)
 
-WEIGHTS, MASTERS, MOMENTS, GRADIENTS, BUCKETS = "weights", "masters", "moments", "gradients", "buckets"
-QUANTIZATION, COPY, CACHE, LOGITS = "quantization", "sampler's copy", "KV cache", "log-probs"
+MASTERS, MOMENTS, GRADIENTS, BUCKETS = "masters", "moments", "gradients", "buckets"
+COPY, CACHE, LOGITS = "sampler's copy", "KV cache", "log-probs"
 ACTIVATIONS, GATHERED = "activations", "gathered weights"
 DEFAULT_LIMIT = 10**9
 """DeepSpeed's, in elements: how many are fetched ahead at most, and within how many weights that come again stay."""
@@ -34,18 +34,6 @@ SWAPPED_BYTES = 2**20
 """DeepSpeed leaves what is smaller in host memory, whatever the ds_config says of NVMe."""
 ALIGNED = 256
 """Float32 numbers that it reads and writes at a time: 1 KiB."""
-
-
-@dataclass
-class Bytes:
-    """Of one rank: on its device, in host memory and on a disk, by part."""
-
-    device: Counter = field(default_factory=Counter)
-    host: Counter = field(default_factory=Counter)
-    disk: Counter = field(default_factory=Counter)
-
-    def __add__(self, other: Bytes) -> Bytes:
-        return Bytes(self.device + other.device, self.host + other.host, self.disk + other.disk)
 
 
 def phases(
@@ -66,6 +54,10 @@ def phases(
     homes = shapes.homes(recipe)
     training = {home.name: state(home, recipe, raw, ranks, on_cuda) for home in homes}
     resting = {home.name: _resting(training[home.name], home, raw) for home in homes}
+    loading = {
+        home.name: loading_bytes.of_home(home, resting[home.name], cut=home.frozen_engine or _stage(raw) == 3)
+        for home in homes
+    }
     shared, room = homes[0], _room_beside(resting, device_memory)
     decoding = _generation(shared, recipe, resolve(shared, recipe, raw, ranks, on_cuda), ranks, room)
     inference = dict(resting)
@@ -80,6 +72,7 @@ def phases(
     for held, learning in ((inference, False), (training, True)):
         held[shared.name] += Bytes(Counter({LOGITS: logits_bytes(recipe, shared, learning)}))
     return {
+        "loading": loading_bytes.one_after_another(loading),
         "generation": resting | {shared.name: resting[shared.name] + decoding},
         "inference": inference,
         "training": training,

@@ -7,8 +7,9 @@ the layers that they sit on, as `engine/roles.py` would make them.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -29,6 +30,18 @@ BASE, ACTOR, CRITIC, REFERENCE = "base", "actor", "critic", "reference"
 SHARED = "shared base"
 OF_MODELS = {"iterations", "model", "actor", "critic", "reference", "rewards"}
 """What of a recipe shapes depend on, and what these sections must agree with."""
+
+
+@dataclass
+class Bytes:
+    """Of one rank: on its device, in host memory and on a disk, by part."""
+
+    device: Counter = field(default_factory=Counter)
+    host: Counter = field(default_factory=Counter)
+    disk: Counter = field(default_factory=Counter)
+
+    def __add__(self, other: Bytes) -> Bytes:
+        return Bytes(self.device + other.device, self.host + other.host, self.disk + other.disk)
 
 
 @dataclass(frozen=True)

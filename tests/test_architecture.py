@@ -21,7 +21,7 @@ LAYERS = [
     | {"environment_checks"}
     | {"shapes"},
     {"roles", "adapter_checks"},
-    {"weight_groups", "activations"},
+    {"weight_groups", "activations", "loading_bytes"},
     {"replica", "model_checks", "planner"},
     {"hybrid_engine", "checks", "logprob_memory", "volume"},
     {"checkpoint", "export", "reward_sources", "watchdog", "preparation", "plan_report"},

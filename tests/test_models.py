@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
-from engine import models, zero
+from engine import models, planner, shapes, zero
 from engine.config import Recipe
 from engine.ds_config import frozen_ds_config, read_ds_config
 from engine.errors import RecipeError
@@ -401,5 +401,11 @@ def large(tmp_path_factory) -> Path:
 )
 def test_no_rank_ever_holds_the_whole_model(fresh_pool, large, ds_config, quantization, least, most):
     assert len(list(large.glob("*.safetensors"))) >= 4
+    model = {"path": str(large), "dtype": "bfloat16", "quantization": quantization}
+    recipe = tiny.recipe(model=model, zero={"ds_config": f"ds_configs/{ds_config}.json"})
+    raw = read_ds_config(recipe.zero.ds_config)
+    loading = planner.phases(recipe, raw, 2, on_cuda=False)["loading"][shapes.SHARED].device
+    planned = sum(loading.values()) / MIB
     for peak, whole in fresh_pool.run(peak_while_loading, large, f"ds_configs/{ds_config}.json", quantization):
         assert least * whole < peak < most * whole, f"{peak:.0f} MiB of {whole:.0f}"
+        assert 0.6 * peak < planned < 1.5 * peak, f"{peak:.0f} MiB, planned {planned:.0f}"
