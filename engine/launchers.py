@@ -6,6 +6,7 @@ a job, started by srun or not; launch/slurm.sbatch starts DeepSpeed's launcher o
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping, MutableMapping
 
 from engine.errors import RecipeError
@@ -24,6 +25,13 @@ OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE
 def without_ranks(environment: Mapping[str, str]) -> dict[str, str]:
     """`environment` for a process that is none of this job's ranks."""
     return {name: value for name, value in environment.items() if name not in OF_A_RANK}
+
+
+def free_port() -> int:
+    """One of this host that nobody uses."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def adopt(environment: MutableMapping[str, str]) -> None:

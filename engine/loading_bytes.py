@@ -30,8 +30,7 @@ def of_home(home: Home, resting: Bytes, cut: bool) -> Bytes:
         way += sum(weight.nbytes for weight in packed) if cut else 0
     else:
         way = max(weight.nbytes for weight in home.weights) if cut else 0
-    found.device[ON_ITS_WAY] += way
-    return found
+    return found + Bytes(Counter({ON_ITS_WAY: way} if way else {}))
 
 
 def one_after_another(homes: dict[str, Bytes]) -> dict[str, Bytes]:

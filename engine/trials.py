@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -130,7 +129,14 @@ class Trials:
     def _run(self, folder: Path) -> tuple[str, str]:
         """How a trial ended, and why."""
         where = ["--hostfile", str(self.hostfile)] if self.hostfile else ["--num_accelerators", str(self.ranks)]
-        command = [sys.executable, "-m", "deepspeed.launcher.runner", *where, "--master_port", str(_free_port())]
+        command = [
+            sys.executable,
+            "-m",
+            "deepspeed.launcher.runner",
+            *where,
+            "--master_port",
+            str(launchers.free_port()),
+        ]
         command += [str(REPOSITORY / "launch/trial.py"), str(folder / "recipe.yaml"), str(folder / RECORD)]
         environment = launchers.without_ranks(os.environ)
         # The launcher starts its ranks with the python3 that comes first.
@@ -189,12 +195,6 @@ def _for_trial(recipe: Recipe, ds_config: Path, run: Path, iterations: int) -> R
     values["checkpoint"]["mid_phase"] = False
     values["failures"]["on_divergence"] = "stop"
     return Recipe.model_validate(values)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _end(process: subprocess.Popen) -> None:

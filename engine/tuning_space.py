@@ -98,7 +98,7 @@ class Space:
     def size(self) -> int:
         return math.prod(len(axis.values) for axis in self.axes)
 
-    @property
+    @cached_property  # files are read for it
     def own(self) -> Point:
         """The recipe as it is."""
         return tuple(axis.values.index(value_of(self.recipe, axis.key)) for axis in self.axes)

@@ -11,7 +11,6 @@ import inspect
 import io
 import math
 import os
-import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from engine import causal, device_memory, dist, onednn, optimizer_state, pointwi
 from engine.ds_checks import device_of, offloads, to_nvme
 from engine.errors import RecipeError
 from engine.fetching import FetchOrders, PhaseWeights, decoder_layers, kind_of
+from engine.launchers import free_port
 from engine.role_config import OptimizerSettings
 from engine.role_steps import RoleSteps
 
@@ -50,10 +50,8 @@ def start(watched: bool = False) -> None:
     if torch.cuda.is_available():  # before the first collective: NCCL would put every rank on device 0
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if "RANK" not in os.environ:  # a plain `python launch/train.py`
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        port = str(free_port())
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     logger.info("starting DeepSpeed (the first start on a machine compiles a small operator: a minute or two)")
     with _quiet():
         deepspeed.init_distributed(verbose=False)

@@ -9,10 +9,11 @@ import gc
 import multiprocessing
 import multiprocessing.connection
 import os
-import socket
 import time
 import traceback
 from collections.abc import Callable
+
+from engine.launchers import free_port
 
 TIMEOUT_SECONDS = 300
 
@@ -62,9 +63,7 @@ class Pool:
         self._start()
 
     def _start(self) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         context = multiprocessing.get_context("spawn")  # fork would copy torch's threads half-alive
         self.processes, self.connections = [], []
         for rank in range(self.world_size):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 from engine import launchers
+from engine.launchers import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 DEEPSPEED = Path(sys.executable).parent / "deepspeed"
@@ -37,13 +37,6 @@ def launch_plain(
 def run(command: list, timeout: float = 600, **environment) -> subprocess.CompletedProcess:
     """Any other command, from the repository's root."""
     return _run(command, ROOT, timeout, environment)
-
-
-def free_port() -> int:
-    """One that nobody uses."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _run(command: list, cwd: Path, timeout: float, environment: dict) -> subprocess.CompletedProcess:

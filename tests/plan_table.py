@@ -16,7 +16,7 @@ from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
 from engine import planner, shapes
 from engine.config import Recipe
 from engine.ds_config import read_ds_config
-from engine.plan_report import device_total
+from engine.plan_report import most
 
 
 def sizes(kind, hidden: int, inner: int, layers: int, heads: int, key_heads: int, vocabulary: int) -> PretrainedConfig:
@@ -67,7 +67,7 @@ def peak(settings: Recipe, devices: int, memory: int | None) -> int:
     """The most bytes of a rank, over all phases."""
     raw = read_ds_config(settings.zero.ds_config)
     phases = planner.phases(settings, raw, devices, on_cuda=True, device_memory=memory)
-    return max(map(device_total, phases.values()))
+    return most(phases, "device")
 
 
 def model_state(settings: Recipe, devices: int) -> int:

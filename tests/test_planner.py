@@ -143,19 +143,10 @@ def test_second_shards_to_the_byte(pool, tmp_path, home):
 def swapped(path: str, dtype: str, rank: int) -> tuple[dict, dict]:
     """The most that each part holds in the backwards of an update, in memory and on the disk."""
     engine, settings = engine_of(path, "zero3_nvme", dtype, rank, {})
-    found, backward = [], zero.TrainedEngine.backward
-
-    def watched(trained, *arguments):
-        backward(trained, *arguments)
-        found.append((live_storages.held(trained), live_storages.on_disk(trained)))
-
-    zero.TrainedEngine.backward = watched
-    try:
+    with live_storages.in_backwards([engine.engine]) as found:
         update(engine, tiny.experience(), settings, 0, 0.0, frozenset())
-    finally:
-        zero.TrainedEngine.backward = backward
     engine.close()
-    return tuple({part: max(one[part] for one in held) for part in held[0]} for held in zip(*found, strict=True))
+    return live_storages.most(found[engine.engine])
 
 
 @pytest.mark.parametrize(("dtype", "rank"), [("float32", 3), ("float32", 500), ("bfloat16", 500), ("float32", 9000)])
