@@ -121,6 +121,19 @@ def recipe_text(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
 
+def parser_beside_recipe(
+    prog: str, description: str, examples: str = "--model.path DIR --critic.home trunk"
+) -> ArgumentParser:
+    """For the options of a command that takes a recipe's, too: its `parse_known_args` leaves those over."""
+    return ArgumentParser(
+        prog=prog,
+        description=description,
+        epilog=f"Every key of the recipe is an option too ({examples}): see launch/train.py --help.",
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
 def count(text: str) -> int:
     """An option's whole number above 0."""
     if not text.isdigit() or int(text) < 1:

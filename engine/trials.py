@@ -16,13 +16,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TextIO
 
 from engine import launchers
-from engine.command_line import recipe_text
 from engine.config import REPOSITORY, Recipe
 from engine.errors import RecipeError
 from engine.tuning import FAILED, NO_MEMORY, RAN, Trial
-from engine.tuning_space import PHASES, Point, Space, changed
+from engine.tuning_space import PHASES, Point, Space, changed, write_files
 
 WARM_UP = 1
 """Iterations before the measured ones: DeepSpeed learns in them what to fetch ahead, allocators fill."""
@@ -33,8 +33,11 @@ LONGEST_TIDYING_SECONDS = 40
 """DeepSpeed's launcher lets its ranks live so long after it is told to end, and 30 s are its own patience."""
 
 
-def claim(folder: Path, recipe: Recipe, options: dict) -> None:
+def claim(folder: Path, recipe: Recipe, options: dict) -> TextIO:
     """Take a folder for a search: a new one, or that of the same search, which then goes on.
+
+    Returns:
+        The lock, which goes with the last process that holds it open.
 
     Raises:
         RecipeError: it holds something else, or the same search runs in it.
@@ -45,8 +48,8 @@ def claim(folder: Path, recipe: Recipe, options: dict) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if not file.exists() and any(one.name not in (".lock", f".{SEARCH}") for one in folder.iterdir()):
             raise RecipeError(f"--search: {folder} is no search's folder; {remedy}")
-        _LOCKS.append((folder / ".lock").open("w"))
-        fcntl.flock(_LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock = (folder / ".lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not file.exists():
             (folder / f".{SEARCH}").write_text(said)
             (folder / f".{SEARCH}").rename(file)
@@ -59,10 +62,7 @@ def claim(folder: Path, recipe: Recipe, options: dict) -> None:
             f"--search: {folder} holds a search of another recipe, with other options or other files, see {file}; "
             + remedy
         )
-
-
-_LOCKS = []
-"""They go with the process, however it ends."""
+    return lock
 
 
 @dataclass
@@ -70,6 +70,7 @@ class Trials:
     """What tries combinations of a space, in a folder.
 
     Args:
+        lock: the folder's; each trial holds it too, so as long as one lives nobody else searches there.
         ranks: devices of the whole job.
         by: the seconds that count: wall, or cpu on machines that others use too.
         device_memory: bytes that a rank's device may hold.
@@ -80,6 +81,7 @@ class Trials:
 
     space: Space
     folder: Path
+    lock: TextIO
     ranks: int
     by: str
     device_memory: int
@@ -113,9 +115,7 @@ class Trials:
         folder = self.folder / f"{number:03d}"
         folder.mkdir(parents=True)
         recipe, raw = changed(self.space.recipe, settings)
-        ds_config = folder / "ds_config.json"
-        ds_config.write_text(json.dumps(raw, indent=2) + "\n")
-        (folder / "recipe.yaml").write_text(recipe_text(_for_trial(recipe, ds_config, folder / "run", iterations)))
+        write_files(_for_trial(recipe, folder / "run", iterations), raw, folder)
         begin = time.monotonic()
         status, said = self._run(folder)
         trial = Trial(settings, iterations, status, said=said, wall_seconds=time.monotonic() - begin)
@@ -150,7 +150,7 @@ class Trials:
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
-                    pass_fds=[lock.fileno() for lock in _LOCKS],  # as long as a trial lives, nobody searches here
+                    pass_fds=[self.lock.fileno()],
                 )
                 status = process.wait(self.limit_seconds)
             except subprocess.TimeoutExpired:
@@ -184,12 +184,11 @@ class Trials:
         return trial
 
 
-def _for_trial(recipe: Recipe, ds_config: Path, run: Path, iterations: int) -> Recipe:
+def _for_trial(recipe: Recipe, run: Path, iterations: int) -> Recipe:
     """What of a recipe costs the same time with every setting is left out."""
     values = recipe.model_dump()
     values |= {"iterations": WARM_UP + iterations, "output": str(run), "resume": None, "time_limit": None}
     values |= {"self_check": False, "watchdog_seconds": None}
-    values["zero"]["ds_config"] = str(ds_config)
     values["evaluation"] = {}
     values["critic"]["warmup_iterations"] = 0
     values["checkpoint"]["mid_phase"] = False

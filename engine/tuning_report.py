@@ -10,21 +10,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from engine.command_line import recipe_text
 from engine.tuning import RAN, Trial
-from engine.tuning_space import PHASES, Space, changed
+from engine.tuning_space import PHASES, Space, changed, write_files
 
 MOST_BARS = 60
 
 
 def write(space: Space, trials: Sequence[Trial], winner: Trial, folder: Path) -> str:
     """Write `recipe.yaml`, `ds_config.json`, `trials.txt`, `trials.json` and `trials.png`; returns the text."""
-    recipe, raw = changed(space.recipe, winner.settings)
-    ds_config = folder / "ds_config.json"
-    ds_config.write_text(json.dumps(raw, indent=2) + "\n")
-    values = recipe.model_dump()
-    values["zero"]["ds_config"] = str(ds_config)
-    (folder / "recipe.yaml").write_text(recipe_text(type(recipe).model_validate(values)))
+    write_files(*changed(space.recipe, winner.settings), folder)
     (folder / "trials.json").write_text(json.dumps([trial.as_json() for trial in trials], indent=2) + "\n")
     text = page(space, trials, winner)
     (folder / "trials.txt").write_text(text)

@@ -6,6 +6,7 @@ Each axis acts on some phases of an iteration alone, so that one trial can say s
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
-from engine.command_line import read_yaml
+from engine.command_line import read_yaml, recipe_text
 from engine.config import Recipe
 from engine.ds_checks import QUANTIZED, check_ds_config
 from engine.ds_config import read_ds_config
@@ -166,6 +167,14 @@ def changed(recipe: Recipe, settings: dict[str, object]) -> tuple[Recipe, dict]:
     if problems := check_ds_config(raw):
         raise RecipeError(*problems)
     return other, raw
+
+
+def write_files(recipe: Recipe, raw: dict, folder: Path) -> None:
+    """A setting as it is run: `ds_config.json`, and `recipe.yaml` that names it."""
+    file = folder / "ds_config.json"
+    file.write_text(json.dumps(raw, indent=2) + "\n")
+    zero = recipe.zero.model_copy(update={"ds_config": str(file)})
+    (folder / "recipe.yaml").write_text(recipe_text(recipe.model_copy(update={"zero": zero})))
 
 
 def needless(space: Space, fitting: Iterable[Point], on_cuda: bool) -> dict[Point, set[Point]]:

@@ -4,7 +4,7 @@ import json
 import os
 import shlex
 import sys
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import yaml
 
 from engine import launchers
-from engine.command_line import parse, readable_errors
+from engine.command_line import parse, parser_beside_recipe, readable_errors
 from engine.config import Recipe
 from engine.errors import RecipeError
 
@@ -46,13 +46,10 @@ def main() -> None:
 def _arguments(known: dict) -> tuple[Namespace, list[str]]:
     """The benchmark's own options, and the recipe's."""
     purposes = "\n".join(f"  {name:12}{workload.purpose}" for name, workload in known.items())
-    parser = ArgumentParser(
-        prog="launch/bench.py",
-        description=f"Iterations of the real trainer on a made-up model; the first is warm-up.\n\n{purposes}",
-        epilog="Every key of the recipe is an option too (--iterations 6 --critic.home trunk --output DIR): see "
-        "launch/train.py --help.",
-        formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    parser = parser_beside_recipe(
+        "launch/bench.py",
+        f"Iterations of the real trainer on a made-up model; the first is warm-up.\n\n{purposes}",
+        examples="--iterations 6 --critic.home trunk --output DIR",
     )
     parser.add_argument("workload", metavar="WORKLOAD", help="one of those above; first on the line")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the result once more, for machines")

@@ -4,13 +4,13 @@ import gc
 import json
 import shlex
 import sys
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine.checks import check_world
-from engine.command_line import byte_size, count, parse, readable_errors
+from engine.command_line import byte_size, count, parse, parser_beside_recipe, readable_errors
 from engine.ds_config import read_ds_config
 from engine.errors import RecipeError
 
@@ -86,14 +86,10 @@ def _remedy(settings: dict[str, object], devices: int | None) -> str:
 
 def _arguments() -> tuple[Namespace, list[str]]:
     """The plan's own options, and the recipe's."""
-    parser = ArgumentParser(
-        prog="launch/plan.py",
-        description="What a rank holds in each phase, from the configs of the recipe's models: no weight is read.\n"
+    parser = parser_beside_recipe(
+        "launch/plan.py",
+        "What a rank holds in each phase, from the configs of the recipe's models: no weight is read.\n"
         "Weights, gradients, optimizer, DeepSpeed's buckets, the sampler's copy, KV cache, log-probs, activations.",
-        epilog="Every key of the recipe is an option too (--model.path DIR --critic.home trunk): see launch/train.py "
-        "--help.",
-        formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--gpus", type=count, required=True, metavar="N", help="devices of the whole job, a rank each")
     parser.add_argument("--gpu-memory", type=byte_size, metavar="SIZE", help="of one device, such as 80GB or 24GiB")

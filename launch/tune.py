@@ -2,14 +2,14 @@
 
 import signal
 import sys
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine.checkpoint_config import seconds_of
 from engine.checks import check_world
-from engine.command_line import byte_size, count, parse, readable_errors
+from engine.command_line import byte_size, count, parse, parser_beside_recipe, readable_errors
 from engine.config import locate
 from engine.errors import RecipeError, RunError
 
@@ -62,23 +62,20 @@ def _search(recipe, options: Namespace) -> tuple:
     files |= {file for axis in axes if axis.key.endswith("ds_config") for file in axis.values}
     said["axes"] = [[axis.key, *axis.values] for axis in axes]
     said["files"] = {file: locate(file).read_text() for file in sorted(files)}
-    trials.claim(options.search, recipe, said)
+    lock = trials.claim(options.search, recipe, said)
     limit = seconds_of(options.trial_limit)
-    tries = trials.Trials(space, options.search / "trials", ranks, options.by, memory, limit, on_cuda, options.hostfile)
+    known = (ranks, options.by, memory, limit, on_cuda, options.hostfile)
+    tries = trials.Trials(space, options.search / "trials", lock, *known)
     instead = {} if options.exhaustive else tuning_space.needless(space, planned, on_cuda)
     return tuning.Search(axes, planned, space.own, tries.measure, options.trial_iterations, instead), tries
 
 
 def _arguments() -> tuple[Namespace, list[str]]:
     """The search's own options, and the recipe's."""
-    parser = ArgumentParser(
-        prog="launch/tune.py",
-        description="Plans all combinations of some settings, tries few of them in short real runs, and writes the "
-        "fastest one\nas recipe and ds_config. No setting that it tries changes what a run learns.",
-        epilog="Every key of the recipe is an option too (--model.path DIR --critic.home trunk): see launch/train.py "
-        "--help.",
-        formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    parser = parser_beside_recipe(
+        "launch/tune.py",
+        "Plans all combinations of some settings, tries few of them in short real runs, and writes the fastest one\n"
+        "as recipe and ds_config. No setting that it tries changes what a run learns.",
     )
     add = parser.add_argument
     add("--gpus", type=count, required=True, metavar="N", help="devices of the whole job, a rank each")
