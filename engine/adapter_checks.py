@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from engine import combinations
 from engine.config import Recipe
+from engine.ds_checks import stage_of
 from engine.ds_config import read_ds_config
 from engine.errors import RecipeError
 
@@ -104,7 +105,7 @@ def _packs(module, head) -> bool:
 
 def _stage(recipe: Recipe) -> int:
     try:
-        return read_ds_config(recipe.zero.ds_config).get("zero_optimization", {}).get("stage", 0)
+        return stage_of(read_ds_config(recipe.zero.ds_config))
     except RecipeError:
         return 0  # told by checks.py
 

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from engine import combinations, planner
 from engine.checks import check_files
 from engine.config import Recipe
-from engine.ds_checks import machine_problems
+from engine.ds_checks import machine_problems, stage_of
 from engine.errors import RecipeError, problems_of
 from engine.plan_report import most
 from engine.tuning_space import Point, Space, changed
@@ -30,7 +30,7 @@ def candidates(space: Space, ranks: int, on_cuda: bool, device_memory: int) -> d
     for point in space.points():
         try:
             recipe, raw = changed(space.recipe, space.settings(point))
-            problems = combinations.problems_at_stage(recipe, raw.get("zero_optimization", {}).get("stage", 0))
+            problems = combinations.problems_at_stage(recipe, stage_of(raw))
             problems += machine_problems(raw, on_cuda) + list(files(_of_models(recipe).model_dump_json()))
             if problems:
                 raise RecipeError(*problems)

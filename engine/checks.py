@@ -7,7 +7,7 @@ from pathlib import Path
 
 from engine import combinations, model_checks
 from engine.config import Recipe, steps_per_iteration
-from engine.ds_checks import machine_problems
+from engine.ds_checks import machine_problems, stage_of
 from engine.ds_config import read_ds_config
 from engine.errors import RecipeError, problems_of
 from engine.plugins import load_function
@@ -113,7 +113,7 @@ def _check_ds_config(recipe: Recipe) -> list[str]:
     try:
         raw = read_ds_config(recipe.zero.ds_config)
         problems += [f"{recipe.zero.ds_config}: {problem}" for problem in machine_problems(raw)]
-        problems += combinations.problems_at_stage(recipe, raw.get("zero_optimization", {}).get("stage", 0))
+        problems += combinations.problems_at_stage(recipe, stage_of(raw))
         size = raw.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
         if size != 1 and recipe.critic.home == "model":
             problems.append(

@@ -60,6 +60,11 @@ SIZES = ("_size", "_threshold", "_live_parameters", "_reuse_distance")
 """How keys end that take a number of elements."""
 
 
+def stage_of(raw: dict) -> int:
+    """The ZeRO stage of a DeepSpeed configuration."""
+    return raw.get("zero_optimization", {}).get("stage", 0)
+
+
 def check_ds_config(raw: dict) -> list[str]:
     """What is wrong with a DeepSpeed configuration, whatever the model and the number of ranks."""
     problems = _unknown(raw, TOP_LEVEL_KEYS, "")

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from engine import combinations, planner
 from engine.config import Recipe
+from engine.ds_checks import stage_of
 from engine.ds_config import read_ds_config
 from engine.errors import RecipeError
 from engine.plan_report import most
@@ -43,7 +44,7 @@ class Job:
             RecipeError: the recipe contradicts itself, or what it names can't be read.
         """
         raw = read_ds_config(self.recipe.zero.ds_config)
-        problems = combinations.problems_at_stage(self.recipe, raw.get("zero_optimization", {}).get("stage", 0))
+        problems = combinations.problems_at_stage(self.recipe, stage_of(raw))
         if problems:
             raise RecipeError(*problems)
         return planner.phases(self.recipe, raw, self.ranks, self.on_cuda, self.device_memory)

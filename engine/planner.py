@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from engine import activations, dist, loading_bytes, models, shapes, vocabulary_head
 from engine.config import Recipe
 from engine.device_memory import kv_cache_bytes
-from engine.ds_checks import device_of, offloads, to_nvme
+from engine.ds_checks import device_of, offloads, stage_of, to_nvme
 from engine.ds_config import frozen_ds_config, read_ds_config, resolve_ds_config
 from engine.kv_cache import BLOCK
 from engine.loading_bytes import QUANTIZATION, WEIGHTS
@@ -55,7 +55,7 @@ def phases(
     training = {home.name: state(home, recipe, raw, ranks, on_cuda) for home in homes}
     resting = {home.name: _resting(training[home.name], home, raw) for home in homes}
     loading = {
-        home.name: loading_bytes.of_home(home, resting[home.name], cut=home.frozen_engine or _stage(raw) == 3)
+        home.name: loading_bytes.of_home(home, resting[home.name], cut=home.frozen_engine or stage_of(raw) == 3)
         for home in homes
     }
     shared, room = homes[0], _room_beside(resting, device_memory)
@@ -118,7 +118,7 @@ def _room_beside(resting: dict[str, Bytes], device_memory: int | None) -> int | 
 
 def _resting(training: Bytes, home: Home, raw: dict) -> Bytes:
     """What is left of a home outside of training: from stage 3 on gradients and buckets are allocated once for all."""
-    if home.frozen_engine or _stage(raw) == 3:
+    if home.frozen_engine or stage_of(raw) == 3:
         return training
     device = Counter({part: size for part, size in training.device.items() if part not in (GRADIENTS, BUCKETS)})
     return Bytes(device, training.host, training.disk)
@@ -402,7 +402,3 @@ def _persistent(zero: dict) -> int:
 
 def stage_3_value(zero: dict, key: str, default: int) -> int | str:
     return zero.get(key, zero.get(f"stage3_{key}", default))
-
-
-def _stage(raw: dict) -> int:
-    return raw.get("zero_optimization", {}).get("stage", 0)

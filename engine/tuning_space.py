@@ -16,7 +16,7 @@ from pathlib import Path
 
 from engine.command_line import read_yaml, recipe_text
 from engine.config import Recipe
-from engine.ds_checks import QUANTIZED, check_ds_config
+from engine.ds_checks import QUANTIZED, check_ds_config, stage_of
 from engine.ds_config import read_ds_config
 from engine.errors import RecipeError
 from engine.fitting import SMALLER
@@ -118,10 +118,7 @@ class Space:
     @cached_property
     def _stages(self) -> dict[str, int]:
         files = next((axis.values for axis in self.axes if axis.key == "zero.ds_config"), ())
-        return {
-            file: read_ds_config(file).get("zero_optimization", {}).get("stage", 0)
-            for file in (*files, self.recipe.zero.ds_config)
-        }
+        return {file: stage_of(read_ds_config(file)) for file in (*files, self.recipe.zero.ds_config)}
 
 
 def value_of(recipe: Recipe, key: str):

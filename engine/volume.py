@@ -13,6 +13,7 @@ from transformers import AutoConfig
 
 from engine import flops, planner, shapes
 from engine.config import Recipe, steps_per_iteration
+from engine.ds_checks import stage_of
 from engine.shapes import Home
 
 
@@ -41,7 +42,7 @@ def of_iteration(
     Args:
         raw, ranks, on_cuda, device_memory: as for `planner.phases`.
     """
-    homes, share, stage = shapes.homes(recipe), (ranks - 1) / ranks, raw.get("zero_optimization", {}).get("stage", 0)
+    homes, share, stage = shapes.homes(recipe), (ranks - 1) / ranks, stage_of(raw)
     room = planner.room_between_phases(homes, recipe, raw, ranks, on_cuda, device_memory)
     without_gradients, of_step = forwards(recipe, ranks)
     inference = training = reduced = 0.0
